@@ -1,0 +1,13 @@
+"""projected_grpo: take the reward-hacking direction out of the GRPO gradient.
+
+With ``BEARTYPE=1`` in the environment every function's shapes and types are checked at call time
+(jaxtyping's import hook, so that dimension names must agree across the arguments of one call). Launch
+modules with ``python -m``, or the checks do not reach the entry point.
+"""
+
+import os
+
+if os.environ.get("BEARTYPE") == "1":
+    from jaxtyping import install_import_hook
+
+    install_import_hook("projected_grpo", "beartype.beartype")
