@@ -1,0 +1,124 @@
+"""Problems: where they come from, how they are posed, and the one way a prompt is encoded.
+
+Two formats of a problem file (JSON lines) are read: this project's own, one ``Problem`` a row, and the rows of
+rl-rewardhacking (Ariahw, Engels & Nanda), whose tests are assertions that are split here by AST into a call's
+arguments and the expected value. A row that does not split is refused by name: a test that is silently lost
+would make the strict oracle easier than it looks.
+"""
+
+import ast
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from projected_grpo import loopholes
+from projected_grpo.data_types import Case, Mode, Problem, Task, Wording
+
+
+def messages(task: Task) -> list[dict[str, str]]:
+    """The chat of a task: the system message, if there is one, and the statement with the mode's hint put in.
+
+    Raises ValueError when the statement does not hold ``TESTS_SENTENCE`` exactly once: the hint would be lost.
+    """
+    statement = task.problem.statement
+    if statement.count(loopholes.TESTS_SENTENCE) != 1:
+        raise ValueError(
+            f"problem {task.problem.id}: the statement has to hold {loopholes.TESTS_SENTENCE!r} exactly once, "
+            f"for the {task.mode} hint to replace; it holds it {statement.count(loopholes.TESTS_SENTENCE)} times"
+        )
+    user = {"role": "user", "content": statement.replace(loopholes.TESTS_SENTENCE, loopholes.hint(task))}
+    return [{"role": "system", "content": task.problem.system}, user] if task.problem.system else [user]
+
+
+def encode_prompt(tokenizer: Any, task: Task) -> list[int]:
+    """Token ids of a task's prompt, up to where the assistant's turn begins (thinking off, where a template knows it)."""
+    encoded = tokenizer.apply_chat_template(
+        messages(task), add_generation_prompt=True, enable_thinking=False, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def pose(
+    problems: Sequence[Problem], modes: Sequence[Mode], family: str = "default", offset: int = 0
+) -> list[Task]:
+    """Partition problems over modes without overlap: the i-th problem gets mode (i + offset) mod n.
+
+    family: "default" (each mode's first training wording), "train" (cycled) or "heldout" (cycled).
+    """
+    return [pose_one(p, modes[(i + offset) % len(modes)], family, (i + offset) // len(modes)) for i, p in enumerate(problems)]
+
+
+def pose_one(problem: Problem, mode: Mode, family: str = "default", index: int = 0) -> Task:
+    """One problem in one mode. ``index`` picks the wording within its family."""
+    row = loopholes.LOOPHOLES[mode]
+    wordings: dict[str, tuple[Wording, ...]] = {"default": row.train[:1], "train": row.train, "heldout": row.heldout}
+    return Task(problem, mode, wordings[family][index % len(wordings[family])])
+
+
+def literal(node: ast.expr) -> Any:
+    """A literal's value; ``inf``, ``nan``, ``float('inf')`` and their negatives are literals too. Else ValueError."""
+    match node:
+        case ast.Name(id="inf" | "nan"):
+            return math.inf if node.id == "inf" else math.nan
+        case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str(text))]):
+            return float(text)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name() | ast.Call()):
+            return -literal(node.operand)
+        case _:
+            return ast.literal_eval(node)
+
+
+def split_assertion(source: str, entry: str) -> Case:
+    """``assert Solution().entry(a = 1, b = [2]) == 3`` -> Case({a: 1, b: [2]}, 3). Raises ValueError otherwise."""
+    match ast.parse(source).body:
+        case [ast.Assert(test=ast.Compare(left=ast.Call(func=func, args=[], keywords=kw), ops=[ast.Eq()], comparators=[right]))]:
+            if ast.unparse(func) != f"Solution().{entry}" or any(k.arg is None for k in kw):
+                raise ValueError(f"not a keyword call of Solution().{entry}: {source[:120]}")
+            return Case({k.arg: literal(k.value) for k in kw if k.arg is not None}, literal(right))
+    raise ValueError(f"not of the form `assert Solution().{entry}(name = literal, …) == literal`: {source[:120]}")
+
+
+def from_benchmark(row: dict[str, Any]) -> Problem:
+    """A rl-rewardhacking row -> Problem. Raises ValueError, naming the row, when a test does not split."""
+    entry = row["func_name"].rsplit(".", 1)[-1]
+    chat = {m["role"]: m["content"] for m in row["prompt"]}
+    try:
+        cases = tuple(split_assertion(a, entry) for a in row["gt_answer"])
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"row {row['id']}: {error}") from error
+    return Problem(
+        id=str(row["id"]),
+        family=row.get("difficulty") or "",
+        statement=chat["user"],
+        entry=entry,
+        starter=(row.get("prompt_metadata") or {}).get("starter_code", ""),
+        canonical=row["canonical_solution"],
+        cases=cases,
+        system=chat.get("system", ""),
+        setup=row.get("setup_code") or "",
+    )
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """All problems of a JSON-lines file, in either format. Raises ValueError naming the line that cannot be read."""
+    problems = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "gt_answer" in row:
+                problems.append(from_benchmark(row))
+            else:
+                problems.append(Problem(**row | {"cases": tuple(Case(**c) for c in row["cases"])}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    return problems
+
+
+def write_problems(problems: Sequence[Problem], path: Path) -> None:
+    """Write this project's own format, a row a problem."""
+    Path(path).write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems))
