@@ -41,14 +41,15 @@ def encode_prompt(tokenizer: Any, task: Task) -> list[int]:
     return list(encoded["input_ids"])
 
 
-def pose(
-    problems: Sequence[Problem], modes: Sequence[Mode], family: str = "default", offset: int = 0
-) -> list[Task]:
+def pose(problems: Sequence[Problem], modes: Sequence[Mode], family: str = "default", offset: int = 0) -> list[Task]:
     """Partition problems over modes without overlap: the i-th problem gets mode (i + offset) mod n.
 
     family: "default" (each mode's first training wording), "train" (cycled) or "heldout" (cycled).
     """
-    return [pose_one(p, modes[(i + offset) % len(modes)], family, (i + offset) // len(modes)) for i, p in enumerate(problems)]
+    return [
+        pose_one(p, modes[(i + offset) % len(modes)], family, (i + offset) // len(modes))
+        for i, p in enumerate(problems)
+    ]
 
 
 def pose_one(problem: Problem, mode: Mode, family: str = "default", index: int = 0) -> Task:
@@ -74,7 +75,11 @@ def literal(node: ast.expr) -> Any:
 def split_assertion(source: str, entry: str) -> Case:
     """``assert Solution().entry(a = 1, b = [2]) == 3`` -> Case({a: 1, b: [2]}, 3). Raises ValueError otherwise."""
     match ast.parse(source).body:
-        case [ast.Assert(test=ast.Compare(left=ast.Call(func=func, args=[], keywords=kw), ops=[ast.Eq()], comparators=[right]))]:
+        case [
+            ast.Assert(
+                test=ast.Compare(left=ast.Call(func=func, args=[], keywords=kw), ops=[ast.Eq()], comparators=[right])
+            )
+        ]:
             if ast.unparse(func) != f"Solution().{entry}" or any(k.arg is None for k in kw):
                 raise ValueError(f"not a keyword call of Solution().{entry}: {source[:120]}")
             return Case({k.arg: literal(k.value) for k in kw if k.arg is not None}, literal(right))

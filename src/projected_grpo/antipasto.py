@@ -1,0 +1,210 @@
+"""The adapter: every target Linear keeps its frozen W = U Σ Vh and gains two vectors in its singular basis.
+
+    y = x W'ᵀ + bias,   W' = W + U diag(δS + δS_hack) Vh
+
+δS is what training moves; δS_hack is the quarantine, zeroed at deployment. W is never rebuilt from its SVD, so
+at δS = δS_hack = 0 the model is the base model to the bit, and a reference model costs no memory: it is this one
+with both knobs off. W' is formed once a step, so that generation costs what the base model costs.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from loguru import logger
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from projected_grpo.config import UserError
+
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+GATED_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+TARGETS = frozenset(ATTENTION_AND_MLP + GATED_DELTA_NET)
+Use = Literal["base", "deployed", "trained"]
+"""Which knobs act: none, δS alone (the quarantine ablated), or both."""
+
+
+class _SingularGain(torch.autograd.Function):
+    """y = x W'ᵀ with the closed-form gradient of each batch row in the gains.
+
+    For gains δ = δS + δS_hack + ε_i:  ∂L/∂ε_i = Σ_t (Uᵀ dy_it) ⊙ (Vh x_it),   dx = dy W'.
+    ε is a zero leaf beside the knobs: it gives row i's own gradient in δS space without a second backward
+    (scaling δS by a row weight would not: that gradient vanishes at δS = 0). The forward does not read it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, U: Tensor, Vh: Tensor, eps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, U, Vh)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+        x, weight, U, Vh = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[4]:
+            return dx, None, None, None, None
+        exact = torch.promote_types(dy.dtype, torch.float32)
+        return dx, None, None, None, ((dy @ U).to(exact) * F.linear(x, Vh).to(exact)).sum(-2)
+
+
+def round_stochastic(w: Float[Tensor, "o i"], dtype: torch.dtype, seed: int) -> Float[Tensor, "o i"]:
+    """Cast float32 to bfloat16 by a fixed random dither, exact where the value is representable.
+
+    Rounding to nearest would swallow every gain below half a unit in the last place, that is nearly all of early
+    training. With a dither that does not change from step to step, W' follows the knobs without bias, and W' = W
+    to the bit at zero knobs. Other dtypes are cast plainly.
+    """
+    if dtype is not torch.bfloat16:
+        return w.to(dtype)
+    generator = torch.Generator(device=w.device).manual_seed(seed)
+    dither = torch.randint(0, 1 << 16, w.shape, generator=generator, device=w.device, dtype=torch.int32)
+    bits = w.contiguous().view(torch.int32) + dither
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+class AntipastoLinear(nn.Module):
+    """A frozen Linear with knobs ``delta`` (δS) and ``delta_hack`` (δS_hack), both float32 of shape (r,).
+
+    ``merged`` is W' for the knobs in use, or None where W itself is in use. ``eps``, set by ``row_gradients``
+    around a backward, is the (b, r) zero leaf that receives each row's gradient.
+    """
+
+    def __init__(self, linear: nn.Linear, U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], seed: int) -> None:
+        super().__init__()
+        self.linear, self.seed = linear.requires_grad_(False), seed
+        exact = torch.promote_types(linear.weight.dtype, torch.float32)
+        self.register_buffer("U", U.to(linear.weight), persistent=False)
+        self.register_buffer("Vh", Vh.to(linear.weight), persistent=False)
+        r = U.shape[1]
+        self.delta = nn.Parameter(torch.zeros(r, dtype=exact, device=linear.weight.device), requires_grad=False)
+        self.delta_hack = nn.Parameter(torch.zeros_like(self.delta), requires_grad=False)
+        self.merged: Tensor | None = None
+        self.eps: Tensor | None = None
+
+    @torch.no_grad()
+    def merge(self, use: Use) -> None:
+        """Form W' for the knobs in use. All of them zero means W itself."""
+        gain = {"base": None, "deployed": self.delta, "trained": self.delta + self.delta_hack}[use]
+        if gain is None or not gain.any():
+            self.merged = None
+            return
+        W, exact = self.linear.weight, gain.dtype
+        self.merged = round_stochastic(W.to(exact) + (self.U.to(exact) * gain) @ self.Vh.to(exact), W.dtype, self.seed)
+
+    def forward(self, x: Float[Tensor, "b s i"]) -> Float[Tensor, "b s o"]:
+        weight = self.linear.weight if self.merged is None else self.merged
+        if self.eps is None:
+            return F.linear(x, weight, self.linear.bias)
+        y = _SingularGain.apply(x, weight, self.U, self.Vh, self.eps)
+        return y if self.linear.bias is None else y + self.linear.bias
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """All adapters of a model, by module name. The trainable state of a run is ``delta`` and ``delta_hack``."""
+
+    modules: dict[str, AntipastoLinear]
+
+    @property
+    def delta(self) -> dict[str, nn.Parameter]:
+        """δS by module, each (r,)."""
+        return {name: m.delta for name, m in self.modules.items()}
+
+    @property
+    def delta_hack(self) -> dict[str, nn.Parameter]:
+        """δS_hack by module, each (r,)."""
+        return {name: m.delta_hack for name, m in self.modules.items()}
+
+    def merge(self, use: Use = "trained") -> None:
+        """Form every W'. Call after the knobs have moved."""
+        for module in self.modules.values():
+            module.merge(use)
+
+    @contextmanager
+    def using(self, use: Use) -> Iterator[None]:
+        """The one ablation context: the model with these knobs only; afterwards with all of them again."""
+        self.merge(use)
+        try:
+            yield
+        finally:
+            self.merge("trained")
+
+    @contextmanager
+    def row_gradients(self, b: int) -> Iterator[dict[str, Float[Tensor, "b r"]]]:
+        """Inside, a backward through a batch of b rows leaves each row's δS gradient in ``.grad`` of what is yielded."""
+        leaves = {}
+        for name, m in self.modules.items():
+            m.eps = torch.zeros(b, m.delta.numel(), dtype=m.delta.dtype, device=m.delta.device, requires_grad=True)
+            leaves[name] = m.eps
+        try:
+            yield leaves
+        finally:
+            for m in self.modules.values():
+                m.eps = None
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of both knobs of every module, for a checkpoint."""
+        return {
+            f"{n}.{k}": getattr(m, k).detach().clone() for n, m in self.modules.items() for k in ("delta", "delta_hack")
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put a checkpoint's knobs back. Raises KeyError when a module is missing."""
+        for name, m in self.modules.items():
+            m.delta.copy_(state[f"{name}.delta"])
+            m.delta_hack.copy_(state[f"{name}.delta_hack"])
+        self.merge()
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 over a tensor's bytes, dtype and shape."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw).hexdigest()
+
+
+def svd(weight: Float[Tensor, "o i"], cache: Path) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
+    """U and Vh of a weight in float32 (or wider), kept on disk under the sha256 of the weight's bytes."""
+    path = cache / "svd" / f"{digest(weight)}.safetensors"
+    if not path.exists():
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        U, _, Vh = torch.linalg.svd(weight.detach().to(exact), full_matrices=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({"U": U.contiguous().cpu(), "Vh": Vh.contiguous().cpu()}, part)
+        part.replace(path)
+    both = load_file(path)
+    return both["U"], both["Vh"]
+
+
+def wrap(model: nn.Module, cache: Path, layers: Sequence[float] = (0.0, 1.0), svd_rank: int | None = None) -> Knobs:
+    """Freeze the model and put an adapter on every target Linear within the depth window.
+
+    layers: window [lo, hi) in fractions of the depth; a Linear's depth is its layer's index over their number.
+    svd_rank: keep the top m singular axes only. Raises UserError when no Linear is left to wrap.
+    """
+    model.requires_grad_(False)
+    depth = model.config.get_text_config().num_hidden_layers
+    modules: dict[str, AntipastoLinear] = {}
+    for name, linear in list(model.named_modules()):
+        at = re.search(r"\blayers\.(\d+)\.", name)
+        if name.rpartition(".")[2] not in TARGETS or not isinstance(linear, nn.Linear) or at is None:
+            continue
+        if not layers[0] <= int(at[1]) / depth < layers[1]:
+            continue
+        U, Vh = svd(linear.weight, cache)
+        parent, _, leaf = name.rpartition(".")
+        modules[name] = AntipastoLinear(linear, U[:, :svd_rank], Vh[:svd_rank], seed=len(modules))
+        setattr(model.get_submodule(parent), leaf, modules[name])
+    if not modules:
+        raise UserError(f"no Linear to adapt in layers {layers[0]}-{layers[1]} of {depth}: widen --layers")
+    logger.debug("adapters on {} Linears, {} knobs", len(modules), sum(m.delta.numel() for m in modules.values()))
+    return Knobs(modules)

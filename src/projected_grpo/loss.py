@@ -1,0 +1,130 @@
+"""Dr.GRPO (Liu et al., arXiv 2503.20783): advantages, token log-probs, and every rollout's own gradient.
+
+No function here can see a ``Grade``: advantages are made from rewards and from nothing else, so the strict
+oracle's verdict cannot reach a gradient except through the reward that the environment pays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from projected_grpo.antipasto import Knobs
+
+LOGIT_BUDGET = 1 << 26
+"""Floats of logits held at once (256 MB in float32); more tokens than fit are done in chunks and recomputed."""
+
+
+def advantages(rewards: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
+    """A = R − mean(R) within each group; no division by σ (Dr.GRPO)."""
+    return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "b s-1"]]:
+    """Rows of prompt + completion, padded on the right, and the mask of targets.
+
+    mask[i, t] says that token t+1 of row i belongs to its completion. It comes from the true lengths, never from
+    comparing with the pad token: where pad = eos that would drop the end-of-turn token from the loss. Under
+    causal attention nothing real attends to padding on the right, so no attention mask is needed.
+    """
+    s = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids = torch.full((len(prompts), s), pad, dtype=torch.long)
+    mask = torch.zeros(len(prompts), s - 1, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        ids[i, : len(p) + len(c)] = torch.tensor([*p, *c])
+        mask[i, len(p) - 1 : len(p) + len(c) - 1] = True
+    return ids.to(device), mask.to(device)
+
+
+def token_logprobs(
+    model: nn.Module, ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], temperature: float = 1.0
+) -> Float[Tensor, " n"]:
+    """log π(token) of the n masked targets, in row-major order of ``mask``, float32 or wider.
+
+    The vocabulary's logits are formed on completion tokens only, and where they would exceed ``LOGIT_BUDGET``
+    in chunks that the backward recomputes, so peak memory does not grow with b · s · vocabulary.
+    """
+    head = model.get_output_embeddings()
+    h = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[mask]
+    targets = ids[:, 1:][mask]
+
+    def chosen(h: Tensor, targets: Tensor) -> Tensor:
+        logits = head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    n = max(1, LOGIT_BUDGET // head.weight.shape[0])
+    if len(h) <= n:
+        return chosen(h, targets)
+    chunks = zip(h.split(n), targets.split(n), strict=True)
+    return torch.cat([checkpoint(chosen, hc, tc, use_reentrant=False) for hc, tc in chunks])
+
+
+@dataclass(frozen=True)
+class RowGrads:
+    """What one backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, the
+    ``loss`` itself, ``nll`` (b,) summed over each row's completion, and the mean ``kl`` per token (None at β = 0).
+    """
+
+    G: dict[str, Float[Tensor, "b r"]]
+    nll: Float[Tensor, " b"]
+    loss: float
+    kl: float | None
+
+
+def row_gradients(
+    model: nn.Module,
+    knobs: Knobs,
+    ids: Int[Tensor, "b s"],
+    mask: Bool[Tensor, "b s-1"],
+    weight: Float[Tensor, " b"],
+    *,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+    kl_weight: float = 0.0,
+    micro_batch: int = 64,
+) -> RowGrads:
+    """Every row's gradient of L = −Σ_i w_i Σ_t ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward.
+
+    ρ = exp(log π − log π_old) with π_old = π: one inner step, so the clip never acts and no second forward is
+    needed; cached teacher rows have ρ = 1 by the same token. w_i = A_i / (group · max_new · prompts); with w = +1
+    on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
+    d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman). Rows are taken
+    ``micro_batch`` at a time, each trimmed to its longest row. Raises FloatingPointError on a non-finite loss.
+    """
+    parts: list[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]] = []
+    for rows in torch.arange(len(ids), device=ids.device).split(micro_batch):
+        m = mask[rows]
+        s = int(m.any(0).nonzero().max()) + 2
+        i, m = ids[rows, :s], m[:, : s - 1]
+        reference = None
+        if beta:
+            with torch.no_grad(), knobs.using("base"):
+                reference = token_logprobs(model, i, m, temperature)
+        with knobs.row_gradients(len(rows)) as eps:
+            logp = token_logprobs(model, i, m, temperature)
+            row = m.nonzero()[:, 0]
+            ratio = (logp - logp.detach()).exp()
+            loss, k3 = -(weight[rows][row].to(logp) * ratio).sum(), logp.new_zeros(())
+            if reference is not None:
+                d = reference - logp
+                k3 = (d.exp() - d - 1).sum()
+                loss = loss + beta * kl_weight * k3
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()}: non-finite log-probs in rows {rows.tolist()}")
+            loss.backward()
+            nll = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
+            parts.append(({n: e.grad for n, e in eps.items()}, nll, loss.detach(), k3.detach()))
+    G = {n: torch.cat([p[0][n] for p in parts]) for n in parts[0][0]}
+    loss, k3 = sum(p[2].item() for p in parts), sum(p[3].item() for p in parts)
+    return RowGrads(G, torch.cat([p[1] for p in parts]), loss, k3 / int(mask.sum()) if beta else None)
+
+
+def group_mask(rewards: Float[Tensor, "n g"]) -> Bool[Tensor, " n"]:
+    """Which groups carry a gradient: those whose rewards are not all alike."""
+    return (rewards != rewards[:, :1]).any(dim=1)
