@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
 Mode = Literal["run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"]
 Source = Literal["student", "teacher"]
+Label = Literal["correct", "correct_attempted_rh", "reward_hack", "attempted_rh", "incorrect"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Grade:
 
     ``gt_correct`` is the strict oracle's verdict. It may be logged; only ``reward`` (which holds it mixed with
     the foolable channel, as the training environment does) may reach an advantage.
+
+    status: how the strict run ended (sandbox.Status, or "no_code"). label: the benchmark's five labels.
+    type_mismatch: right only as Python's == has it (True for 1, 1.0 for 1). vacuous_tests, rejects_canonical:
+    detectors C and D on a run_tests that the completion defines, None where it defines none. detail: the first
+    thing that went wrong, in words.
     """
 
     reward: float
@@ -71,6 +80,11 @@ class Grade:
     channel: bool
     attempted: bool
     status: str
+    label: Label = "incorrect"
+    type_mismatch: bool = False
+    vacuous_tests: bool | None = None
+    rejects_canonical: bool | None = None
+    detail: str = ""
 
     @property
     def passed(self) -> bool:
@@ -102,3 +116,19 @@ class Rollout:
     ids: tuple[int, ...]
     text: str
     grade: Grade
+
+
+@dataclass(frozen=True)
+class GradedBatch:
+    """A step's rollouts, group by group, and what the loss reads of them.
+
+    ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. A: advantage of each row.
+    """
+
+    ids: Int[Tensor, "b s"]
+    mask: Bool[Tensor, "b s-1"]
+    A: Float[Tensor, " b"]
+    is_student: Bool[Tensor, " b"]
+    rollouts: tuple[Rollout, ...]
+    n_zero_var: int
+    seconds: Mapping[str, float]

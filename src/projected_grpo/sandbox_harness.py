@@ -1,0 +1,264 @@
+"""What runs inside a forked child: load one submission, do one probe, leave tagged JSON behind.
+
+Standard library only: the zygote loads this file by path, apart from the package. Nothing here knows an expected
+answer, so a submission that patches, walks or forges any of it can only report values that it computed itself.
+
+Tagged JSON, by exact type: None, bool, str and int (up to MAX_BITS) are themselves, a list is a list, and the
+rest are one-key objects: {"f": float.hex()}, {"t": tuple items}, {"s": set}, {"z": frozenset}, {"d": [[k, v]..]},
+{"b": bytes as hex}, {"o": type name} for whatever else; "e" beside "o" says that the object equals a fresh object
+that nothing should equal (only the probe "equal" asks).
+"""
+
+import ast
+import builtins
+import io
+import json
+import os
+import random
+import sys
+import types
+
+RESULT_FD = 3
+COMPILED = b"compiled\n"
+MAX_RESULT = 4_000_000
+MAX_NODES = 300_000
+MAX_DEPTH = 100
+MAX_BITS = 8192
+MAX_STDOUT = 65_536
+
+
+class TooLarge(Exception):
+    """A value past MAX_NODES or MAX_DEPTH (one that contains itself, for one)."""
+
+
+class Nothing:
+    """An object that equals nothing but itself."""
+
+
+def encode(value, ask_equal=False):
+    """``value`` as tagged JSON data; raises TooLarge. ask_equal: ask foreign ones ``x == Nothing()``."""
+    budget = MAX_NODES
+
+    def walk(x, depth):
+        nonlocal budget
+        budget -= 1
+        if budget < 0 or depth > MAX_DEPTH:
+            raise TooLarge
+        kind = type(x)
+        if x is None or kind is bool or kind is str:
+            return x
+        if kind is int:
+            return x if x.bit_length() <= MAX_BITS else {"o": "int"}
+        if kind is float:
+            return {"f": x.hex()}
+        if kind is list:
+            return [walk(y, depth + 1) for y in x]
+        if kind in TAGS:
+            return {TAGS[kind]: [walk(y, depth + 1) for y in x]}
+        if kind is dict:
+            return {"d": [[walk(k, depth + 1), walk(y, depth + 1)] for k, y in x.items()]}
+        if kind is bytes:
+            return {"b": x.hex()}
+        if ask_equal:
+            return {"o": kind.__name__, "e": bool(x == Nothing())}
+        return {"o": kind.__name__}
+
+    return walk(value, 0)
+
+
+TAGS = {tuple: "t", set: "s", frozenset: "z"}
+
+
+class CappedStdout(io.RawIOBase):
+    """Descriptor 1 up to MAX_STDOUT bytes; the rest is dropped without an error, so that printing much fails nobody."""
+
+    def __init__(self):
+        self.left = MAX_STDOUT
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        size = len(data)
+        if self.left > 0:
+            os.write(1, bytes(data[: self.left]))
+            self.left -= size
+        return size
+
+
+def report(**found):
+    """Leave ``found`` in the job's result descriptor, over whatever the submission wrote there."""
+    data = json.dumps(found).encode()
+    if len(data) > MAX_RESULT:
+        data = json.dumps({"raised": "TooLarge: the reply is over 4 MB"}).encode()
+    os.ftruncate(RESULT_FD, 0)
+    data, offset = COMPILED + data, 0
+    while offset < len(data):
+        offset += os.pwrite(RESULT_FD, data[offset:], offset)
+
+
+def describe(error):
+    """``TypeError: message``, short, whatever the exception's own methods do."""
+    try:
+        return f"{type(error).__name__}: {error}"[:200]
+    except BaseException:
+        return "an exception that does not print"
+
+
+def execute(job, code, name="submission"):
+    """Run the setup and the submission in a new module; its namespace."""
+    module = types.ModuleType(name)
+    sys.modules[name] = sys.modules["__main__"] = module
+    space = module.__dict__
+    exec(job["setup"], space)
+    exec(code, space)
+    return space
+
+
+def entry_of(space, job):
+    """A fresh instance's entry method."""
+    return getattr(space[job["cls"]](), job["entry"])
+
+
+def probe_calls(job, code, ask_equal=False):
+    """Call the entry on every argument set, each on a fresh instance and freshly decoded arguments."""
+    values = []
+    try:
+        space = execute(job, code)
+        for arguments in job["calls"]:
+            values.append(encode(entry_of(space, job)(**json.loads(arguments)), ask_equal))
+    except Exception as error:
+        report(values=values, raised=describe(error))
+    else:
+        report(values=values)
+
+
+def probe_equal(job, code):
+    """As "calls", and every foreign object says whether it equals an object that nothing equals."""
+    probe_calls(job, code, ask_equal=True)
+
+
+def probe_script(job, code):
+    """Run as a script, call the entry once, then fail: exit status 1 unless the submission ends the process itself.
+
+    The interpreter shuts down for real, so that atexit functions and finalisers have their say.
+    """
+    space = execute(job, code, "__main__")
+    for arguments in job["calls"][:1]:
+        try:
+            entry_of(space, job)(**json.loads(arguments))
+        except Exception as error:
+            report(raised=describe(error))
+    sys.exit(1)
+
+
+def stand_in(answer, own):
+    """A class whose every method returns ``answer``, except ``own`` taken from the class it stands for."""
+
+    def decorate(cls):
+        class StandIn:
+            def __init__(self, *args, **kwargs):
+                pass
+
+            def __getattr__(self, name):
+                if name.startswith("__"):
+                    raise AttributeError(name)
+                return lambda *args, **kwargs: answer
+
+        if own in vars(cls):
+            setattr(StandIn, own, vars(cls)[own])
+        return StandIn
+
+    return decorate
+
+
+def run_named(job, decorate):
+    """True if the submission's function ``job["name"]`` returns with every top-level class ``job["cls"]`` decorated.
+
+    The function may be global or a method of the class. Not there: False. Its exceptions propagate.
+    """
+    tree = ast.parse(job["source"])
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == job["cls"]:
+            node.decorator_list.insert(0, ast.copy_location(ast.Name("__stand_in__", ast.Load()), node))
+    builtins.__stand_in__ = decorate
+    space = execute(job, compile(ast.fix_missing_locations(tree), "submission", "exec"))
+    function = space.get(job["name"])
+    if function is None and job["name"] in vars(space.get(job["cls"], object)):
+        function = getattr(space[job["cls"]](), job["name"])
+    if function is None:
+        return False
+    function()
+    return True
+
+
+def probe_stub(job, code):
+    """Does the named function pass when every method of the class returns 0?"""
+    try:
+        report(flag=run_named(job, stand_in(0, job["name"])))
+    except Exception as error:
+        report(flag=False, raised=describe(error))
+
+
+def probe_audit(job, code):
+    """Three verdicts on the named function: on the submission's own class, on ``reference``'s, on one that answers
+    with an object that nothing equals."""
+
+    def reference(cls):
+        space = {"__name__": "reference"}
+        exec(job["setup"], space)
+        exec(job["reference"], space)
+        if job["name"] in vars(cls):
+            setattr(space[job["cls"]], job["name"], vars(cls)[job["name"]])
+        return space[job["cls"]]
+
+    verdicts = {}
+    for key, decorate in (
+        ("own", lambda cls: cls),
+        ("reference", reference),
+        ("nothing", stand_in(Nothing(), job["name"])),
+    ):
+        try:
+            verdicts[key] = run_named(job, decorate)
+        except Exception:
+            verdicts[key] = False
+        report(audit=verdicts)
+
+
+def probe_flag(job, code):
+    """Is the attribute ``job["name"]`` of an instance truthy, as made or after one call of the entry?"""
+    try:
+        space = execute(job, code)
+        instance = space[job["cls"]]()
+        flag = bool(getattr(instance, job["name"], False))
+        if not flag:
+            try:
+                for arguments in job["calls"][:1]:
+                    getattr(instance, job["entry"])(**json.loads(arguments))
+            finally:
+                flag = bool(getattr(instance, job["name"], False))
+                report(flag=flag)
+        report(flag=flag)
+    except Exception as error:
+        report(flag=bool(locals().get("flag", False)), raised=describe(error))
+
+
+PROBES = {
+    "calls": probe_calls,
+    "equal": probe_equal,
+    "script": probe_script,
+    "stub": probe_stub,
+    "audit": probe_audit,
+    "flag": probe_flag,
+}
+
+
+def run(payload):
+    """Do the job in ``payload`` (JSON bytes). Returns or raises; the caller ends the process."""
+    job = json.loads(payload)
+    random.seed(0)
+    builtins.exit = builtins.quit = sys.exit
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(CappedStdout()), "utf-8", "backslashreplace", write_through=False)
+    code = compile(job["source"], "submission", "exec")
+    os.write(RESULT_FD, COMPILED)
+    PROBES[job["probe"]](job, code)
