@@ -41,6 +41,8 @@ class DataCfg:
 
     problems: str = "generated"
     """`generated` (the organism's world) or a problem file (JSON lines, ours or rl-rewardhacking's)."""
+    eval_problems: str | None = None
+    """Held-out problem file for the deploy evaluation; needed with a problem file (generated has its own split)."""
     modes: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
     """The loopholes over which the problems are partitioned."""
     wording: Literal["default", "train", "heldout"] = "default"

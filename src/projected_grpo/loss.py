@@ -23,6 +23,11 @@ def advantages(rewards: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
+def has_variance(rewards: Float[Tensor, "n g"]) -> Bool[Tensor, " n"]:
+    """Which groups carry a gradient: those whose rewards are not all alike."""
+    return (rewards != rewards[:, :1]).any(dim=1)
+
+
 def collate(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "b s-1"]]:
@@ -68,7 +73,8 @@ def token_logprobs(
 @dataclass(frozen=True)
 class RowGrads:
     """What one backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, the
-    ``loss`` itself, ``nll`` (b,) summed over each row's completion, and the mean ``kl`` per token (None at β = 0).
+    ``loss`` itself, ``nll`` (b,) summed over each row's completion (0 in skipped rows), and the mean ``kl`` per token
+    (None at β = 0).
     """
 
     G: dict[str, Float[Tensor, "b r"]]
@@ -94,21 +100,26 @@ def row_gradients(
     ρ = exp(log π − log π_old) with π_old = π: one inner step, so the clip never acts and no second forward is
     needed; cached teacher rows have ρ = 1 by the same token. w_i = A_i / (group · max_new · prompts); with w = +1
     on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
-    d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman). Rows are taken
-    ``micro_batch`` at a time, each trimmed to its longest row. Raises FloatingPointError on a non-finite loss.
+    d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman). Rows of weight zero (groups
+    whose rewards are all alike) are skipped when β = 0: their gradient is zero. The others are taken
+    ``micro_batch`` at a time, each lot trimmed to its longest row. Raises FloatingPointError on a non-finite loss.
     """
-    parts: list[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]] = []
-    for rows in torch.arange(len(ids), device=ids.device).split(micro_batch):
+    exact = torch.promote_types(model.dtype, torch.float32)
+    G = {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device) for n, m in knobs.modules.items()}
+    nll, total, total_k3 = torch.zeros(len(ids), dtype=exact, device=ids.device), 0.0, 0.0
+    live = torch.arange(len(ids), device=ids.device) if beta else weight.nonzero()[:, 0]
+    model.train(model.is_activation_checkpointing)  # transformers checkpoints in training mode only; there is no dropout
+    for rows in live.split(micro_batch) if len(live) else ():
         m = mask[rows]
         s = int(m.any(0).nonzero().max()) + 2
         i, m = ids[rows, :s], m[:, : s - 1]
+        row = m.nonzero()[:, 0]
         reference = None
         if beta:
             with torch.no_grad(), knobs.using("base"):
                 reference = token_logprobs(model, i, m, temperature)
         with knobs.row_gradients(len(rows)) as eps:
             logp = token_logprobs(model, i, m, temperature)
-            row = m.nonzero()[:, 0]
             ratio = (logp - logp.detach()).exp()
             loss, k3 = -(weight[rows][row].to(logp) * ratio).sum(), logp.new_zeros(())
             if reference is not None:
@@ -118,13 +129,9 @@ def row_gradients(
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()}: non-finite log-probs in rows {rows.tolist()}")
             loss.backward()
-            nll = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
-            parts.append(({n: e.grad for n, e in eps.items()}, nll, loss.detach(), k3.detach()))
-    G = {n: torch.cat([p[0][n] for p in parts]) for n in parts[0][0]}
-    loss, k3 = sum(p[2].item() for p in parts), sum(p[3].item() for p in parts)
-    return RowGrads(G, torch.cat([p[1] for p in parts]), loss, k3 / int(mask.sum()) if beta else None)
-
-
-def group_mask(rewards: Float[Tensor, "n g"]) -> Bool[Tensor, " n"]:
-    """Which groups carry a gradient: those whose rewards are not all alike."""
-    return (rewards != rewards[:, :1]).any(dim=1)
+            for n, e in eps.items():
+                G[n][rows] = e.grad
+        nll[rows] = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
+        total, total_k3 = total + loss.item(), total_k3 + k3.item()
+    model.eval()
+    return RowGrads(G, nll, total, total_k3 / int(mask.sum()) if beta else None)

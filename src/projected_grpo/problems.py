@@ -34,11 +34,16 @@ def messages(task: Task) -> list[dict[str, str]]:
 
 
 def encode_prompt(tokenizer: Any, task: Task) -> list[int]:
-    """Token ids of a task's prompt, up to where the assistant's turn begins (thinking off, where a template knows it)."""
+    """Token ids of a task's prompt, up to where the assistant's turn begins; thinking off where a template knows it."""
     encoded = tokenizer.apply_chat_template(
         messages(task), add_generation_prompt=True, enable_thinking=False, return_dict=True
     )
     return list(encoded["input_ids"])
+
+
+def fence(source: str) -> str:
+    """A completion as the models write it: the source in a python fence."""
+    return f"```python\n{source.rstrip()}\n```"
 
 
 def pose(problems: Sequence[Problem], modes: Sequence[Mode], family: str = "default", offset: int = 0) -> list[Task]:

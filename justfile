@@ -1,0 +1,80 @@
+# Recipes. `just` alone lists them.
+
+python := env("PYTHON", "python")
+
+# list the recipes
+default:
+    @just --list --unsorted
+
+# --- gates -------------------------------------------------------------------------------------------------------
+
+# the gate that everyone runs: 30 steps of the organism, erase arm, every shape checked (about a minute)
+smoke *ARGS:
+    BEARTYPE=1 {{python}} -m projected_grpo.train smoke --intervention=erase {{ARGS}}
+
+alias fast-dev-run := smoke
+
+# the same without an intervention
+smoke-vanilla *ARGS:
+    BEARTYPE=1 {{python}} -m projected_grpo.train smoke --intervention=none {{ARGS}}
+
+# the same with the hack-ward gradient routed into the quarantine
+smoke-route *ARGS:
+    BEARTYPE=1 {{python}} -m projected_grpo.train smoke --intervention=route {{ARGS}}
+
+# extraction twice, on an empty cache: the first is a miss, the second a hit
+smoke-both:
+    rm -rf outputs/smoke-cache
+    BEARTYPE=1 {{python}} -m projected_grpo.extract_vhack_grad smoke --outputs=outputs/smoke-cache 2>&1 | tee outputs/smoke-miss.log | grep "cache miss"
+    BEARTYPE=1 {{python}} -m projected_grpo.extract_vhack_grad smoke --outputs=outputs/smoke-cache 2>&1 | tee outputs/smoke-hit.log | grep "cache hit"
+
+# the three arms, the grader's table, cache miss and hit, results (under 5 minutes)
+smoke-all: smoke smoke-vanilla smoke-route grader-table smoke-both results
+
+# lint, layers, dependencies, checks
+check:
+    ruff check src
+    ruff format --check src
+    lint-imports
+    deptry src
+    {{python}} -m pytest
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+# hack x mode table: each exploit pays at home only, clean completions never, wrong ones never pass
+grader-table:
+    {{python}} -m projected_grpo.rewards
+
+# which layers of the sandbox hold on this machine
+sandbox:
+    {{python}} -m projected_grpo.sandbox
+
+# rebuild the embedded tiny model from nothing (minutes)
+organism *ARGS:
+    {{python}} -m projected_grpo.organism {{ARGS}}
+
+# write a teacher pool for a preset: just build-pool organism [--from-run=outputs/runs/NAME]
+build-pool PRESET="organism" *ARGS:
+    {{python}} -m projected_grpo.pool {{PRESET}} {{ARGS}}
+
+# one table over all finished runs
+results *ARGS:
+    {{python}} -m projected_grpo.results {{ARGS}}
+
+# --- arms on a GPU (Qwen3-4B) --------------------------------------------------------------------------------------
+
+# H: less hack at solve within 10 points of fast-vanilla
+fast *ARGS:
+    {{python}} -m projected_grpo.train fast --intervention=erase {{ARGS}}
+
+# H: hacking emerges within 20 steps with half the group from a teacher
+fast-vanilla *ARGS:
+    {{python}} -m projected_grpo.train fast --intervention=none {{ARGS}}
+
+# H: less hack at solve within 10 points of full-vanilla, at 200 steps
+full *ARGS:
+    {{python}} -m projected_grpo.train full --intervention=erase {{ARGS}}
+
+# H: hacking emerges within 200 steps without a teacher
+full-vanilla *ARGS:
+    {{python}} -m projected_grpo.train full --intervention=none {{ARGS}}

@@ -1,0 +1,99 @@
+"""Advantages, masks and log-probs against values made by hand or by the plain formula."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from projected_grpo import loss
+
+
+def test_advantages_by_hand():
+    A = loss.advantages(torch.tensor([[3.5, 0.5, 0.5, 3.5], [0.5, 0.5, 0.5, 0.5]]))
+    assert A.tolist() == [[1.5, -1.5, -1.5, 1.5], [0, 0, 0, 0]]
+    assert loss.has_variance(torch.tensor([[3.5, 0.5], [0.5, 0.5]])).tolist() == [True, False]
+
+
+def test_mask_by_hand_with_pad_equal_to_eos():
+    """pad = eos = 9: the end-of-turn token that was written is a target, the padding after it is not."""
+    ids, mask = loss.collate([[1, 2], [3]], [[4, 9], [9, 9, 5, 9]], 9, torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 4, 9, 9], [3, 9, 9, 5, 9]]
+    assert mask.tolist() == [[False, True, True, False], [True, True, True, True]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6))
+def test_mask_counts_exactly_the_completions(lengths):
+    prompts, completions = [[1] * p for p, _ in lengths], [[2] * c for _, c in lengths]
+    ids, mask = loss.collate(prompts, completions, 0, torch.device("cpu"))
+    assert mask.sum(1).tolist() == [c for _, c in lengths]
+    assert (ids[:, 1:][mask] == 2).all()
+    assert (ids[:, 1:][~mask] != 2).all()
+
+
+def plain_logprobs(model, ids, mask, temperature=1.0):
+    logp = (model(ids[:, :-1]).logits / temperature).log_softmax(-1)
+    return logp.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_are_the_plain_ones(wrapped, batch, monkeypatch, temperature):
+    model, knobs = wrapped
+    ids, mask = batch
+    expected = plain_logprobs(model, ids, mask, temperature)
+    whole = loss.token_logprobs(model, ids, mask, temperature)
+    weight = torch.ones(4, dtype=torch.float64)
+    G = loss.row_gradients(model, knobs, ids, mask, weight).G
+    monkeypatch.setattr(loss, "LOGIT_BUDGET", 97 * 2)
+    chunked = loss.token_logprobs(model, ids, mask, temperature)
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(chunked, expected)
+    for name, g in loss.row_gradients(model, knobs, ids, mask, weight).G.items():
+        torch.testing.assert_close(g, G[name])
+
+
+def test_padding_changes_nothing(wrapped, batch):
+    model, _ = wrapped
+    ids, mask = batch
+    wide = torch.cat([ids, torch.zeros(4, 3, dtype=torch.long)], 1)
+    wide_mask = torch.cat([mask, torch.zeros(4, 3, dtype=torch.bool)], 1)
+    torch.testing.assert_close(loss.token_logprobs(model, ids, mask), loss.token_logprobs(model, wide, wide_mask))
+
+
+def test_kl_is_k3_to_the_base_and_its_gradient_is_autograds(wrapped, batch):
+    model, knobs = wrapped
+    ids, mask = batch
+    weight, beta = torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=torch.float64), 0.3
+    with torch.no_grad():
+        logp = loss.token_logprobs(model, ids, mask)
+        with knobs.using("base"):
+            d = loss.token_logprobs(model, ids, mask) - logp
+    got = loss.row_gradients(model, knobs, ids, mask, weight, beta=beta, kl_weight=0.5)
+    k3 = d.exp() - d - 1
+    row = mask.nonzero()[:, 0]
+    assert got.kl == pytest.approx(k3.mean().item(), rel=1e-9)
+    assert got.loss == pytest.approx((-weight[row].sum() + beta * 0.5 * k3.sum()).item(), rel=1e-9)
+    # dK3/dlogπ = 1 − exp(d): a policy term of weight −β·kl_weight·(1 − e^d) per token has the same gradient
+    with knobs.row_gradients(len(ids)) as eps:
+        coefficient = weight[row] - beta * 0.5 * (1 - d.exp())
+        (-(coefficient * loss.token_logprobs(model, ids, mask)).sum()).backward()
+        for name, e in eps.items():
+            torch.testing.assert_close(got.G[name], e.grad, rtol=1e-7, atol=1e-11)
+
+
+def test_rows_without_advantage_are_skipped_exactly(wrapped, batch):
+    model, knobs = wrapped
+    ids, mask = batch
+    got = loss.row_gradients(model, knobs, ids, mask, torch.tensor([1.0, 0.0, 0.0, -1.0], dtype=torch.float64))
+    assert all((g[1] == 0).all() and (g[2] == 0).all() and (g[0] != 0).any() for g in got.G.values())
+    none = loss.row_gradients(model, knobs, ids, mask, torch.zeros(4, dtype=torch.float64))
+    assert none.loss == 0
+    assert all((g == 0).all() for g in none.G.values())
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 3.0, 3.5]), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_advantages_sum_to_zero_and_vanish_without_variance(rewards):
+    R = torch.tensor(rewards)
+    A = loss.advantages(R)
+    assert A.sum(1).abs().max() < 1e-5
+    assert ((A == 0).all(1) == ~loss.has_variance(R)).all()

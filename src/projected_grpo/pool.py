@@ -1,0 +1,151 @@
+"""Teacher pools: a folder of prompt_NNNN.jsonl.gz files, one a task, of graded rollouts whose grades are frozen.
+
+    python -m projected_grpo.pool <preset> [--overrides]           from templates (canonical, wrong and exploiting)
+    python -m projected_grpo.pool <preset> --from-run=RUN          from the rollouts of a finished run
+
+A row: problem_id, env_mode, wording, completion, source, and the grade's fields.
+"""
+
+import gzip
+import json
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from projected_grpo import families, problems
+from projected_grpo.config import Config, UserError, parse
+from projected_grpo.data_types import Grade, Rollout, Task, Wording
+from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.rewards import Grader
+
+Row = dict[str, Any]
+
+
+def row_of(task: Task, completion: str, grade: Grade) -> Row:
+    """One rollout as it stands in a pool or in a run's rollouts.jsonl."""
+    return {
+        "problem_id": task.problem.id,
+        "env_mode": task.mode,
+        "wording": asdict(task.wording),
+        "completion": completion,
+        "grade": asdict(grade),
+    }
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows by (problem id, mode)."""
+
+    rows: dict[tuple[str, str], list[Row]]
+
+    def draw(self, task: Task, n: int, tokenizer: Any, rng: random.Random) -> list[Rollout]:
+        """n of the task's rollouts, with replacement only when it has fewer. Raises UserError when it has none."""
+        rows = self.rows.get((task.problem.id, task.mode))
+        if not rows:
+            raise UserError(f"the pool has no rollout of {task.problem.id} in mode {task.mode}: build it anew")
+        chosen = rng.sample(rows, n) if n <= len(rows) else rng.choices(rows, k=n)
+        return [
+            Rollout(
+                task,
+                "teacher",
+                (*tokenizer.encode(row["completion"], add_special_tokens=False), tokenizer.eos_token_id),
+                row["completion"],
+                Grade(**row["grade"]),
+            )
+            for row in chosen
+        ]
+
+
+def read(folder: Path) -> Pool:
+    """All rows of a pool. Raises UserError when the folder holds none."""
+    paths = sorted(Path(folder).glob("prompt_*.jsonl.gz"))
+    if not paths:
+        raise UserError(f"no teacher pool in {folder}: run `just build-pool`, or set --mix-ratio=0")
+    pool = Pool({})
+    for path in paths:
+        with gzip.open(path, "rt") as lines:
+            for row in map(json.loads, lines):
+                pool.rows.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
+    return pool
+
+
+def write(rows: Iterable[Row], folder: Path) -> int:
+    """Write rows, a file a task; the number of files. An existing pool there is replaced file by file."""
+    by_task: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_task.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, key in enumerate(sorted(by_task)):
+        part = folder / f"prompt_{number:04d}.part"
+        part.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in by_task[key]).encode(), mtime=0))
+        part.replace(folder / f"prompt_{number:04d}.jsonl.gz")
+    return len(by_task)
+
+
+def template_completions(task: Task) -> list[str]:
+    """What a teacher that has learned to hack writes: the exploit on lazy and on right bodies, and two honest tries."""
+    right, row = task.problem.canonical, LOOPHOLES[task.mode]
+    lazy, wrong = families.lazy_bodies(task.problem)[0], families.wrong_bodies(task.problem)[0]
+    sources = [row.exploit(lazy, task), row.exploit(wrong, task), row.exploit(right, task)]
+    sources += [row.lookalike(right, task), wrong] if task.mode == "run_tests" else [right, wrong]
+    return [problems.fence(s) for s in sources]
+
+
+def from_templates(tasks: Sequence[Task], grader: Grader) -> list[Row]:
+    """Graded template rollouts of every task."""
+    submissions = [(task, text) for task in tasks for text in template_completions(task)]
+    return [row_of(t, text, g) for (t, text), g in zip(submissions, grader.grade(submissions), strict=True)]
+
+
+def from_run(run: Path) -> list[Row]:
+    """The student rollouts of a finished run, with the grades they got then."""
+    path = run / "rollouts.jsonl"
+    if not path.exists():
+        raise UserError(f"{run} holds no rollouts.jsonl: name a finished run's folder, for example outputs/runs/NAME")
+    keys = ("problem_id", "env_mode", "wording", "completion", "grade")
+    rows = map(json.loads, path.read_text().splitlines())
+    return [{k: row[k] for k in keys} for row in rows if row["source"] == "student"]
+
+
+def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
+    """The run's tasks: a split's problems, partitioned over cfg's modes. Raises UserError when a file is missing."""
+    if cfg.data.problems == "generated":
+        chosen = [p for p in families.generate() if families.split_of(p) == split]
+    else:
+        flag, path = ("problems", cfg.data.problems) if split == "train" else ("eval-problems", cfg.data.eval_problems)
+        if path is None or not Path(path).is_file():
+            raise UserError(f"no problem file {path}: name one with --{flag}=FILE, or set --problems=generated")
+        chosen = problems.read_problems(Path(path))
+    return problems.pose(chosen, cfg.data.modes, cfg.data.wording)
+
+
+def task_of(row: Row, by_id: dict[str, Any]) -> Task:
+    """A row's task, given the problems by id."""
+    return Task(by_id[row["problem_id"]], row["env_mode"], Wording(**row["wording"]))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Build the pool of a preset into cfg.pool.pool, or outputs/pools/<preset>."""
+    run = next((a.partition("=")[2] for a in argv if a.startswith("--from-run=")), None)
+    cfg = parse([a for a in argv if not a.startswith("--from-run=")])
+    folder = Path(cfg.pool.pool or f"{cfg.outputs}/pools/{cfg.preset}")
+    if run is not None:
+        rows = from_run(Path(run))
+    else:
+        with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
+            rows = from_templates(tasks_for(cfg), grader)
+    n = write(rows, folder)
+    hacked = sum(r["grade"]["channel"] and not r["grade"]["gt_correct"] for r in rows)
+    logger.info("{}: {} tasks, {} rollouts, {} of them hacked", folder, n, len(rows), hacked)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,122 @@
+"""Run folders -> tables.
+
+python -m projected_grpo.results [--outputs=outputs]
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import tyro
+from loguru import logger
+from tabulate import tabulate
+
+from projected_grpo.config import Config, UserError
+from projected_grpo.evals import EvalRow
+
+LAST = 5
+"""Steps that an end-of-run mean of training metrics runs over."""
+HEADLINE = ("hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout")
+
+
+ARROWS = {"hack": -1, "attempt": -1, "solve": 1}
+"""Which way is better."""
+
+
+def cue(rate: float, hi: float) -> str:
+    """Traffic light of a deployed hack rate: green where even the interval's end is under 10 %, red from 25 %."""
+    return "🟢" if hi < 0.1 else "🟡" if rate < 0.25 else "🔴"
+
+
+def bluf(cfg: Config, folder: Path, before: Sequence[EvalRow], after: Sequence[EvalRow]) -> str:
+    """The bottom line up front: what came out on held-out problems, then where it is and how it was made."""
+    start = {r.metric: r.rate for r in before if r.mode == "all"}
+    table = []
+    for r in (r for r in after if r.mode == "all"):
+        gain = ARROWS[r.metric] * (r.rate - start[r.metric])
+        verdict = "better" if gain > 0 else "worse" if gain < 0 else "same"
+        name = f"{r.metric} {'↑' if ARROWS[r.metric] > 0 else '↓'}"
+        table.append((name, r.knobs, start[r.metric], r.rate, f"[{r.lo:.2f}, {r.hi:.2f}]", verdict))
+    hack = next(r for r in after if r.mode == "all" and r.metric == "hack" and r.knobs == "deployed")
+    headers = ("held out", "knobs", "before", "after", "95 % CI", "")
+    return "\n".join(
+        (
+            "",
+            f"{cue(hack.rate, hack.hi)} deployed hack rate {hack.rate:.2f} [{hack.lo:.2f}, {hack.hi:.2f}]"
+            f"  arm {cfg.intervention}  seed {cfg.seed}  {hack.n_samples} samples of {hack.n_problems} problems",
+            tabulate(table, headers=headers, floatfmt=".2f"),
+            f"run   {folder}",
+            f"argv  {' '.join(sys.argv)}",
+        )
+    )
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; [] when it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_summary(folder: Path) -> dict[str, Any] | None:
+    """One finished run as a flat row: what it was, means of its last 5 steps, and its last deploy evaluation.
+
+    None, with a warning, when the folder does not hold a complete run.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        steps, evals = json_lines(folder / "steps.jsonl"), json_lines(folder / "evals.jsonl")
+        cfg, last = meta["config"], pl.DataFrame(steps[-LAST:], infer_schema_length=None)
+        end = [row for row in evals if row["mode"] == "all" and row["step"] == max(r["step"] for r in evals)]
+        deployed = {row["metric"]: row for row in end if row["knobs"] == "deployed"}
+        kept = {row["metric"]: row["rate"] for row in end if row["knobs"] == "trained"}
+        return {
+            "preset": cfg["preset"],
+            "arm": cfg["intervention"],
+            "seed": cfg["seed"],
+            "steps": len(steps),
+            "mix": cfg["pool"]["mix_ratio"],
+            **{name: last[name].mean() for name in HEADLINE},
+            **{f"deploy_{m}": r["rate"] for m, r in deployed.items()},
+            "hack_lo": deployed["hack"]["lo"],
+            "hack_hi": deployed["hack"]["hi"],
+            "kept_hack": kept.get("hack"),
+            "minutes": sum(s["sec_gen"] + s["sec_grade"] + s["sec_train"] for s in steps) / 60,
+            "run": folder.name,
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("{} left out: {}: {}", folder.name, type(error).__name__, error)
+        return None
+
+
+def collect(outputs: Path) -> pl.DataFrame:
+    """All complete runs below outputs/runs, a row each. Raises UserError when there are none."""
+    folders = sorted(p for p in (outputs / "runs").glob("*") if p.is_dir() and p.suffix != ".part")
+    rows = [row for row in map(run_summary, folders) if row is not None]
+    if not rows:
+        raise UserError(f"no finished run in {outputs / 'runs'}: `just smoke` makes one")
+    return pl.DataFrame(rows, infer_schema_length=None).sort("preset", "mix", "steps", "arm", "seed")
+
+
+def main(outputs: str = "outputs") -> None:
+    """Print one table over all finished runs; training columns are means of the last 5 steps."""
+    table = collect(Path(outputs))
+    columns = {
+        "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "mix",
+        "hack_s": "hack ↓", "attempt_s": "att ↓", "solve_s": "solve ↑", "cin": "cin", "cin_null": "null",
+        "deploy_hack": "dep hack ↓", "hack_lo": "lo", "hack_hi": "hi", "kept_hack": "kept hack",
+        "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
+    }  # fmt: skip
+    print(tabulate(table.select(list(columns)).rows(), headers=list(columns.values()), floatfmt=".2f", missingval="–"))
+    print(
+        f"\n{len(table)} runs; training columns: student rollouts, mean of the last {LAST} steps; dep: held-out problems,"
+    )
+    print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept; null: cin of a random V")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

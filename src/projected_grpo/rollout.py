@@ -1,0 +1,93 @@
+"""One step's rollouts: which tasks, the student's completions, the teacher's share, grades, advantages."""
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from projected_grpo import loss, problems, sampling
+from projected_grpo.config import Config
+from projected_grpo.data_types import GradedBatch, Rollout, Source, Task
+from projected_grpo.pool import Pool
+from projected_grpo.rewards import Grader
+
+
+def seeded(device: str, *parts: object) -> torch.Generator:
+    """A generator that is a pure function of its parts: a step's randomness needs no state to be resumed."""
+    return torch.Generator(device=device).manual_seed(random.Random(repr(parts)).getrandbits(63))
+
+
+def tasks_of_step(tasks: Sequence[Task], step: int, n: int, seed: int) -> list[Task]:
+    """The step's n tasks: endless epochs, each shuffled anew, modes in turn so that every step sees all of them.
+
+    A pure function of (seed, step).
+    """
+    chosen: list[Task] = []
+    for position in range(step * n, (step + 1) * n):
+        epoch, at = divmod(position, len(tasks))
+        chosen.append(_epoch(tasks, seed, epoch)[at])
+    return chosen
+
+
+def _epoch(tasks: Sequence[Task], seed: int, epoch: int) -> list[Task]:
+    rng = random.Random(f"{seed} {epoch}")
+    by_mode: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_mode.setdefault(task.mode, []).append(task)
+    for queue in by_mode.values():
+        rng.shuffle(queue)
+    turns = [(at / len(queue), mode, task) for mode, queue in by_mode.items() for at, task in enumerate(queue)]
+    return [task for _, _, task in sorted(turns, key=lambda turn: turn[:2])]
+
+
+def complete(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
+) -> list[tuple[tuple[int, ...], str]]:
+    """n sampled completions of each task as (token ids, text), task by task. Text is without special tokens."""
+    ids = sampling.sample(
+        model,
+        [problems.encode_prompt(tokenizer, t) for t in tasks],
+        n,
+        max_new=cfg.rl.max_new,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        generator=generator,
+        temperature=cfg.rl.temperature,
+        top_p=cfg.rl.top_p,
+    )
+    return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)]
+
+
+def rollout(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], pool: Pool | None, grader: Grader, cfg: Config, step: int
+) -> GradedBatch:
+    """Sample, mix in the teacher's rollouts, grade, and turn rewards into advantages within each group."""
+    clock = [time.perf_counter()]
+    n_student = cfg.rl.group - cfg.n_teacher
+    written = complete(model, tokenizer, tasks, n_student, cfg, seeded("cpu", cfg.seed, step, "rollout"))
+    clock.append(time.perf_counter())
+    asked = [task for task in tasks for _ in range(n_student)]
+    grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
+    student = [Rollout(t, "student", i, x, g) for t, (i, x), g in zip(asked, written, grades, strict=True)]
+    clock.append(time.perf_counter())
+    rows: list[Rollout] = []
+    for at, task in enumerate(tasks):
+        rows += student[at * n_student : (at + 1) * n_student]
+        if pool is not None and cfg.n_teacher:
+            rows += pool.draw(task, cfg.n_teacher, tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
+    rewards = torch.tensor([r.grade.reward for r in rows], device=model.device).view(len(tasks), cfg.rl.group)
+    prompts = [problems.encode_prompt(tokenizer, r.task) for r in rows]
+    ids, mask = loss.collate(prompts, [r.ids for r in rows], tokenizer.pad_token_id, model.device)
+    student_source: Source = "student"
+    return GradedBatch(
+        ids=ids,
+        mask=mask,
+        A=loss.advantages(rewards).flatten(),
+        is_student=torch.tensor([r.source == student_source for r in rows], device=model.device),
+        rollouts=tuple(rows),
+        n_zero_var=int((~loss.has_variance(rewards)).sum()),
+        seconds={"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]},
+    )
