@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from projected_grpo import loss, problems, sampling
 from projected_grpo.config import Config
-from projected_grpo.data_types import GradedBatch, Rollout, Source, Task
+from projected_grpo.data_types import GradedBatch, Rollout, Task
 from projected_grpo.pool import Pool
 from projected_grpo.rewards import Grader
 
@@ -78,15 +79,14 @@ def rollout(
         rows += student[at * n_student : (at + 1) * n_student]
         if pool is not None and cfg.n_teacher:
             rows += pool.draw(task, cfg.n_teacher, tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
-    rewards = torch.tensor([r.grade.reward for r in rows], device=model.device).view(len(tasks), cfg.rl.group)
+    rewards = rearrange(torch.tensor([r.grade.reward for r in rows]), "(n g) -> n g", g=cfg.rl.group)
     prompts = [problems.encode_prompt(tokenizer, r.task) for r in rows]
     ids, mask = loss.collate(prompts, [r.ids for r in rows], tokenizer.pad_token_id, model.device)
-    student_source: Source = "student"
     return GradedBatch(
         ids=ids,
         mask=mask,
-        A=loss.advantages(rewards).flatten(),
-        is_student=torch.tensor([r.source == student_source for r in rows], device=model.device),
+        A=rearrange(loss.advantages(rewards), "n g -> (n g)").to(model.device),
+        is_student=torch.tensor([r.source == "student" for r in rows], device=model.device),
         rollouts=tuple(rows),
         n_zero_var=int((~loss.has_variance(rewards)).sum()),
         seconds={"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]},

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from projected_grpo.config import Config, UserError
 
-PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers", "pyseccomp")
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
 def git_commit() -> str | None:

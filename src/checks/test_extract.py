@@ -1,0 +1,166 @@
+"""The hack direction: what V means, how it is oriented, what its cache is keyed by."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from projected_grpo import antipasto, loss, models, pairs, problems
+from projected_grpo import extract_vhack_grad as vhack
+from projected_grpo.config import PRESETS, ModelCfg, UserError, VHackCfg
+
+CFG = PRESETS["organism"][1]
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    model, tokenizer = models.load(ModelCfg())
+    knobs = antipasto.wrap(model, cache)
+    return model, tokenizer, knobs, pairs.load("organism32"), replace(CFG, outputs=str(cache))
+
+
+@pytest.fixture(scope="module")
+def basis(organism):
+    model, tokenizer, knobs, chosen, cfg = organism
+    return vhack.extract(model, knobs, tokenizer, chosen, cfg)
+
+
+def margin(organism, chosen) -> float:
+    """mean log p(hack) − log p(clean) of pairs at the knobs as they stand."""
+    model, tokenizer, _, _, _ = organism
+    prompts = [problems.encode_prompt(tokenizer, p.task) for p in chosen] * 2
+    sides = [p.hack for p in chosen] + [p.clean for p in chosen]
+    written = [[*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id] for t in sides]
+    ids, mask = loss.collate(prompts, written, tokenizer.pad_token_id, model.device)
+    with torch.no_grad():
+        logp = loss.token_logprobs(model, ids, mask)
+    total = torch.zeros(len(ids)).index_add(0, mask.nonzero()[:, 0], logp)
+    return float((total[: len(chosen)] - total[len(chosen) :]).mean())
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_descending_along_v_makes_the_hack_more_likely(organism, basis, axis):
+    """δS ← δS − η V raises log p(hack) − log p(clean) on pairs that V never saw; stepping the other way lowers it."""
+    _, _, knobs, chosen, cfg = organism
+    held_out = chosen[-cfg.vhack.n_heldout :]
+    at_rest = margin(organism, held_out)
+    moved = {}
+    for sign in (1, -1):
+        for name, v in basis.V.items():
+            knobs.modules[name].delta.data = -sign * 0.02 * (v[0] if axis == 0 else v.sum(0))
+        knobs.merge()
+        moved[sign] = margin(organism, held_out)
+    for m in knobs.modules.values():
+        m.delta.data.zero_()
+    knobs.merge()
+    assert moved[1] > at_rest > moved[-1]
+
+
+def test_held_out_pairs_project_hackward(basis):
+    assert basis.meta["heldout_accuracy"] >= 0.75
+    assert basis.meta["n_pairs"] == 32
+
+
+def test_labels_swapped_turn_v_around(organism, basis):
+    model, tokenizer, knobs, chosen, cfg = organism
+    swapped = [replace(p, hack=p.clean, clean=p.hack) for p in chosen]
+    other = vhack.extract(model, knobs, tokenizer, swapped, cfg)
+    for m, v in basis.V.items():
+        assert torch.sum(v[0] * other.V[m][0]) < -0.99
+
+
+def test_fit_by_hand():
+    """Four pairs along +e0 and one along −e0, twice as long: the majority orients the axis, not the outlier."""
+    D = torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [1, -0.1, 0], [1, 0, 0.0], [-2, 0, 0]])
+    V, S, vote = vhack.fit(D, k=2, tau_axis=0.0)
+    assert V[0, 0] == pytest.approx(1.0, abs=1e-3)
+    assert vote[0] == pytest.approx(3 / 5)
+    torch.testing.assert_close(V @ V.T, torch.eye(2), atol=1e-5, rtol=1e-5)
+    cut, S_cut, _ = vhack.fit(D, k=2, tau_axis=0.5)
+    assert S_cut[1] == 0
+    assert (cut[1] == 0).all()
+    assert S[1] > 0
+
+
+def test_global_noise_floor_and_k_slice():
+    S = {"a": torch.tensor([10.0, 5.0, 1.0]), "b": torch.tensor([4.0, 0.5, 0.1]), "c": torch.tensor([0.2, 0.2, 0.2])}
+    whole = vhack.HackBasis({m: torch.eye(3) for m in S}, S, {})
+    used = vhack.sliced(whole, VHackCfg(k_use=2, drop_bottom_frac=0.5))
+    assert {m: len(v) for m, v in used.V.items()} == {"a": 2, "b": 1}  # the floor is the median of six: 2.25
+    assert vhack.sliced(whole, VHackCfg(drop_bottom_frac=0.0)).V.keys() == S.keys()
+
+
+def test_overlap_is_one_with_itself_and_small_at_random(basis):
+    from projected_grpo.proj import random_basis
+
+    assert vhack.basis_overlap(basis, basis) == pytest.approx(1.0, abs=1e-4)
+    assert vhack.basis_overlap(random_basis(basis, 1), basis) < 0.2
+
+
+def test_cache_key_follows_every_ingredient(organism):
+    _, _, knobs, chosen, cfg = organism
+    key = vhack.cache_key(knobs, chosen, cfg)
+    assert key == vhack.cache_key(knobs, list(chosen), cfg)
+    others = [
+        vhack.cache_key(knobs, chosen[:-1], cfg),
+        vhack.cache_key(knobs, [replace(chosen[0], hack=chosen[0].hack + " "), *chosen[1:]], cfg),
+        vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, k=4))),
+        vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, tau_axis=0.1))),
+        vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, length_norm="mean"))),
+    ]
+    weight = next(iter(knobs.modules.values())).linear.weight
+    weight.data[0, 0] += 1e-3
+    others.append(vhack.cache_key(knobs, chosen, cfg))
+    weight.data[0, 0] -= 1e-3
+    assert len({key, *others}) == 7
+
+
+def test_cache_misses_then_hits(organism):
+    model, tokenizer, knobs, chosen, cfg = organism
+    made = vhack.basis_for(model, knobs, tokenizer, chosen, cfg)
+    files = list((cfg.cache / "vhack").iterdir())
+    again = vhack.basis_for(model, knobs, tokenizer, chosen, cfg)
+    assert list((cfg.cache / "vhack").iterdir()) == files
+    assert len(files) == 1
+    assert all(torch.equal(made.V[m], again.V[m]) for m in made.V)
+    assert made.meta == again.meta
+
+
+def test_v_for_another_model_is_refused(organism, basis, tmp_path, wrapped):
+    path = tmp_path / "v.safetensors"
+    vhack.save(basis, path)
+    with pytest.raises(UserError, match="another model"):
+        vhack.load(path, wrapped[1])
+
+
+def test_a_pair_with_a_nonfinite_nll_is_named(organism, monkeypatch):
+    model, tokenizer, knobs, chosen, cfg = organism
+    embedding = model.get_input_embeddings().weight
+    token = tokenizer.encode("zq")[0]
+    bad = replace(chosen[3], hack=chosen[3].hack + " zq", name="the bad one")
+    kept = embedding.data[token].clone()
+    embedding.data[token] = float("nan")
+    try:
+        with pytest.raises(UserError, match="the bad one"):
+            vhack.side_gradients(model, knobs, tokenizer, [*chosen[:3], bad], cfg)
+    finally:
+        embedding.data[token] = kept
+
+
+def test_the_quarantine_is_ablated_during_extraction(organism, basis):
+    model, tokenizer, knobs, chosen, cfg = organism
+    for m in knobs.modules.values():
+        m.delta_hack.data.normal_(0, 0.1)
+    knobs.merge()
+    with_quarantine = vhack.extract(model, knobs, tokenizer, chosen, cfg)
+    for m in knobs.modules.values():
+        m.delta_hack.data.zero_()
+    knobs.merge()
+    assert all(torch.equal(with_quarantine.V[m], basis.V[m]) for m in basis.V)
+
+
+def test_too_few_pairs_is_one_clear_line(organism):
+    model, tokenizer, knobs, chosen, cfg = organism
+    with pytest.raises(UserError, match="lower --k"):
+        vhack.extract(model, knobs, tokenizer, chosen[:10], cfg)
