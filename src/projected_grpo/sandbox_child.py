@@ -4,8 +4,8 @@ Standard library only, run as ``python -P -s -S -B sandbox_child.py <socket desc
 payload or reply: these travel in memory files that the trainer makes and the child alone opens, so no child finds
 the answers of an earlier one in the memory that it inherits.
 
-Packets (SOCK_SEQPACKET). Down: the configuration (JSON) once; then a job's limits (JSON) with three descriptors:
-payload, stdout, reply. Up: what came of it (JSON), with the result file's descriptor where there is one.
+Messages are lines of JSON. Down: the configuration, once; then a job's limits, with three descriptors: payload,
+stdout, reply. Up: what came of it, with the result file's descriptor where there is one.
 """
 
 import ctypes
@@ -35,6 +35,17 @@ FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR, FS_REMOVE_FILE, FS_MAKE_REG, FS_TRUNCA
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+def receive(connection, max_fds=3):
+    """(the next line, descriptors that came with it) from a stream socket; (b"", []) when the other side is gone."""
+    data, fds = b"", []
+    while not data.endswith(b"\n"):
+        part, more, _, _ = socket.recv_fds(connection, 1 << 20, max_fds)
+        if not part:
+            return b"", fds
+        data, fds = data + part, fds + more
+    return data, fds
+
+
 def checked(result, what):
     """The result of a C call, or OSError with its errno."""
     if result < 0:
@@ -44,7 +55,9 @@ def checked(result, what):
 
 
 def prctl(option, *args):
-    """prctl(2); raises OSError."""
+    """prctl(2); raises OSError. Nothing where there is no such call."""
+    if not hasattr(libc, "prctl"):
+        return 0
     return checked(libc.prctl(option, *(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4])), f"prctl {option}")
 
 
@@ -74,15 +87,14 @@ def landlock_ruleset(read, write):
     return ruleset
 
 
-def limit_resources(cpu_s, address_space):
-    """Hard limits of one child."""
-    for kind, value in (
-        (resource.RLIMIT_CPU, math.ceil(cpu_s)),
-        (resource.RLIMIT_AS, address_space),
-        (resource.RLIMIT_FSIZE, FILE_BYTES),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    ):
+def limit_resources(config, cpu_s):
+    """Hard limits of one child: CPU seconds always, the rest where that layer is wanted."""
+    limits = [(resource.RLIMIT_CPU, math.ceil(cpu_s))]
+    if config["rlimits"]:
+        limits += [(resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)]
+    if config["rlimits"] and config["address_space"]:
+        limits += [(resource.RLIMIT_AS, config["address_space"])]
+    for kind, value in limits:
         resource.setrlimit(kind, (value, value))
 
 
@@ -91,7 +103,7 @@ def confine(config, ruleset, limits):
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != config["zygote"]:
         os._exit(1)
-    limit_resources(limits["cpu_s"], config["address_space"])
+    limit_resources(config, limits["cpu_s"])
     if config["uid"]:
         os.setgroups([])
         os.setresgid(config["uid"], config["uid"], config["uid"])
@@ -109,7 +121,7 @@ def confine(config, ruleset, limits):
 
 
 def child(config, ruleset, limits, fds, harness):
-    """Become the process of one job. Does not return, except by SystemExit from the probe "script"."""
+    """Become the process of one job; does not return."""
     payload, stdout, reply = fds
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
@@ -128,18 +140,16 @@ def child(config, ruleset, limits, fds, harness):
     with open(4, "rb") as file:
         data = file.read()
     gc.enable()
+    harness.main(data)
+
+
+def address_space():
+    """Bytes that a child may map: what it is born with and MEMORY_BYTES. 0 where /proc does not say."""
     try:
-        harness.run(data)
-    except SystemExit as leaving:
-        if limits["finalise"]:
-            raise
-        os._exit(leaving.code if type(leaving.code) is int else leaving.code is not None)
-    except BaseException as error:
-        if limits["finalise"]:
-            sys.stderr = None
-            raise SystemExit(1) from error
-        os._exit(1)
-    os._exit(0)
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    except OSError:
+        return 0
 
 
 def scratch_is_full(path):
@@ -199,31 +209,41 @@ def kill_stragglers():
             time.sleep(0.001)
 
 
+def wait_a_tick(pid, pidfd, control):
+    """Wait TICK_S at most for a child; (status, usage) if it ended, "orphan" if the trainer is gone, else None."""
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    if pidfd is not None:
+        poller.register(pidfd, select.POLLIN)
+    ready = [fd for fd, _ in poller.poll(TICK_S * 1000 if pidfd is not None else 2)]
+    if control.fileno() in ready:
+        return "orphan"
+    found, status, usage = os.wait4(pid, os.WNOHANG)
+    return (status, usage) if found else None
+
+
 def watch(pid, limits, scratch, control):
     """Wait for a child; (why it was ended or "", wait status, CPU seconds). Exits if the trainer is gone."""
-    start, reason = time.monotonic(), ""
-    pidfd = os.pidfd_open(pid)
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    poller.register(control, select.POLLIN)
-    while not reason:
-        ready = dict(poller.poll(TICK_S * 1000))
-        if control.fileno() in ready:
-            reason = "orphan"
-        elif pidfd in ready:
-            break
-        elif scratch_is_full(scratch):
+    start, reason, ended = time.monotonic(), "", None
+    pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    while not reason and not ended:
+        ended = wait_a_tick(pid, pidfd, control)
+        if ended == "orphan":
+            reason, ended = "orphan", None
+        elif not ended and scratch_is_full(scratch):
             reason = "disk"
-        elif (elapsed := time.monotonic() - start) > limits["wall_s"]:
+        elif not ended and (elapsed := time.monotonic() - start) > limits["wall_s"]:
             starved = min(waited_for_cpu(pid), 10 * limits["wall_s"])
             reason = "wall" if elapsed - starved > limits["wall_s"] else ""
-    if reason:
+    if not ended:
         os.kill(pid, signal.SIGKILL)
-    os.close(pidfd)
-    _, status, usage = os.wait4(pid, 0)
+        _, *ended = os.wait4(pid, 0)
+    if pidfd is not None:
+        os.close(pidfd)
     kill_stragglers()
     if reason == "orphan":
         goodbye(scratch)
+    status, usage = ended
     return reason, status, usage.ru_utime + usage.ru_stime
 
 
@@ -249,7 +269,7 @@ def serve(control, config, ruleset, harness):
     """Fork, watch and answer until the trainer closes the socket."""
     scratch = config["scratch"]
     while True:
-        message, fds, _, _ = socket.recv_fds(control, 65536, 3)
+        message, fds = receive(control)
         if not message:
             goodbye(scratch)
         limits = json.loads(message)
@@ -260,7 +280,7 @@ def serve(control, config, ruleset, harness):
             os.close(fd)
         reason, status, cpu_s = watch(pid, limits, scratch, control)
         result = open_result(scratch, limits["file"]) if limits["file"] else None
-        reply = json.dumps({"reason": reason, "status": status, "cpu_s": cpu_s}).encode()
+        reply = json.dumps({"reason": reason, "status": status, "cpu_s": cpu_s}).encode() + b"\n"
         socket.send_fds(control, [reply], [] if result is None else [result])
         if result is not None:
             os.close(result)
@@ -269,8 +289,8 @@ def serve(control, config, ruleset, harness):
 
 def start(control):
     """Read the configuration, take on what lasts for life, import what submissions use; (config, ruleset, harness)."""
-    config = json.loads(control.recv(1 << 20))
-    if config["dumpable"] is False:
+    config = json.loads(receive(control)[0])
+    if config["hide_memory"]:
         prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -291,12 +311,11 @@ def start(control):
     spec.loader.exec_module(harness)
     for name in config["preload"]:
         importlib.import_module(name)
-    with open("/proc/self/statm") as file:
-        config["address_space"] = int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    config["address_space"] = address_space()
     os.chdir(config["scratch"])
     gc.collect()
     gc.freeze()
-    control.send(json.dumps({"pid": os.getpid(), "landlock": note}).encode())
+    control.send(json.dumps({"pid": os.getpid(), "landlock": note}).encode() + b"\n")
     return config, ruleset, harness
 
 

@@ -100,6 +100,18 @@ def bubblewrap_works() -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["bwrap failed"])[-1][:120]
 
 
+def uid_change_fails(bubble: bool) -> str:
+    """"" if children can run as another user, else why not."""
+    if os.geteuid() != 0:
+        return "not root"
+    if bubble:
+        return "bubblewrap stands in"
+    library = Path(os.__file__).resolve()
+    if not all(folder.stat().st_mode & 0o001 for folder in library.parents) or not library.stat().st_mode & 0o004:
+        return f"other users cannot read the interpreter at {sys.base_prefix}"
+    return ""
+
+
 def unused_uid() -> int:
     """A user id that no account and no running process has."""
     taken = {entry.pw_uid for entry in pwd.getpwall()}
@@ -120,7 +132,7 @@ def plan(wanted: Collection[Layer]) -> tuple[dict[str, Any], dict[Layer, str]]:
     if not why["bubblewrap"]:
         why["bubblewrap"] = bubblewrap_works()
     if not why["uid"]:
-        why["uid"] = "not root" if os.geteuid() != 0 else "" if why["bubblewrap"] else "bubblewrap stands in"
+        why["uid"] = uid_change_fails(bubble=not why["bubblewrap"])
     program = b""
     if not why["seccomp"]:
         try:
@@ -130,7 +142,7 @@ def plan(wanted: Collection[Layer]) -> tuple[dict[str, Any], dict[Layer, str]]:
     config = {
         "bubble": not why["bubblewrap"],
         "uid": 0 if why["uid"] else unused_uid(),
-        "dumpable": bool(why["dumpable"]),
+        "hide_memory": not why["dumpable"],
         "rlimits": not why["rlimits"],
         "no_new_privs": not why["no_new_privs"] or bool(program),
         "landlock": [] if why["landlock"] else interpreter_paths(),
@@ -222,12 +234,13 @@ def canary_source(outside: str, uid: int) -> str:
 def verdict(why: Mapping[Layer, str], values: list[Any] | None) -> dict[str, Any]:
     """Layers in force and acts contained, from what the canary saw (None: it did not come back)."""
     found, proofs = values or ({}, {})
+    missing = "off: its canary got through" if values else "off: the canary did not come back"
     layers = {}
     for name in LAYERS:
         if why[name]:
             layers[name] = f"off: {why[name]}"
         else:
-            layers[name] = "on" if proofs.get(name) else "off: its canary got through"
+            layers[name] = "on" if proofs.get(name) else missing
     contained = {act: str(found.get(act, "no answer")) for act in CONTAINED}
     return {"layers": layers, "canaries": contained}
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from projected_grpo.data_types import Label, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.sandbox import Job, Outcome
+from projected_grpo.sandbox_job import Job, Outcome
 
 FENCE = re.compile(r"```python[ \t]*\r?\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 MIN_CPU_S = 2.0
@@ -77,12 +77,12 @@ def strict_job(problem: Problem, code: str, cpu_s: float = MIN_CPU_S) -> Job:
     return Job(source=code, setup=problem.setup, entry=problem.entry, calls=calls, cpu_s=cpu_s)
 
 
-def channel_job(task: Task, code: str) -> Job | None:
+def channel_job(task: Task, code: str, cpu_s: float = MIN_CPU_S) -> Job | None:
     """The run that the mode's channel is judged from; None in a mode without one."""
     row, problem = LOOPHOLES[task.mode], task.problem
     if row.probe is None:
         return None
-    job = replace(strict_job(problem, code), probe=row.probe, name=task.wording.name)
+    job = replace(strict_job(problem, code, cpu_s), probe=row.probe, name=task.wording.name)
     if row.probe != "equal":
         job = replace(job, calls=job.calls[:1])
     return replace(job, file=task.wording.name) if task.mode == "file_marker" else job

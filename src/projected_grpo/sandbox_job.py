@@ -1,0 +1,130 @@
+"""What goes into the sandbox and what comes out of it: jobs, outcomes, and how a dead child's leavings are read."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from projected_grpo.sandbox_harness import COMPILED
+
+Probe = Literal["calls", "equal", "script", "stub", "audit", "flag"]
+Status = Literal["ok", "compile_error", "error", "exit", "cpu_limit", "wall_limit", "disk_limit", "signal", "bad_reply"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one submission, all of it data. ``calls`` are keyword arguments (JSON values) of ``cls().entry``.
+
+    probe: "calls" returns what the calls return; "equal" also asks foreign values whether they equal an object that
+    nothing equals; "script" runs it as a script that fails in the end; "stub" runs the function ``name`` on a class
+    whose methods return 0; "audit" runs it on the submission's own class, on ``reference``'s and on an answer that
+    equals nothing; "flag" reads the attribute ``name``. ``file`` is a result file to read back. cpu_s is a limit.
+    """
+
+    source: str
+    probe: Probe = "calls"
+    entry: str = ""
+    calls: tuple[Mapping[str, Any], ...] = ()
+    setup: str = ""
+    cls: str = "Solution"
+    name: str = ""
+    file: str = ""
+    reference: str = ""
+    cpu_s: float = 2.0
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A returned value of no plain builtin type. ``equal``: it claimed to equal an object that nothing equals."""
+
+    kind: str
+    equal: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left behind. ``values`` are the calls' results up to the first that raised (``raised`` says what)."""
+
+    status: Status
+    compiled: bool
+    values: tuple[Any, ...] = ()
+    raised: str = ""
+    flag: bool = False
+    audit: Mapping[str, bool] | None = None
+    stdout: str = ""
+    file: bytes | None = None
+    exit_code: int | None = None
+    cpu_s: float = 0.0
+
+
+def decode(data: Any) -> Any:
+    """The value of tagged JSON (see sandbox_harness). Raises ValueError or TypeError otherwise."""
+    if data is None or type(data) in (bool, int, str):
+        return data
+    if type(data) is list:
+        return [decode(item) for item in data]
+    if type(data) is not dict:
+        raise ValueError("not tagged JSON")
+    if "o" in data:
+        return Foreign(str(data["o"])[:80], data.get("e") is True)
+    ((tag, content),) = data.items()
+    match tag:
+        case "f":
+            return float.fromhex(content)
+        case "b":
+            return bytes.fromhex(content)
+        case "t":
+            return tuple(decode(item) for item in content)
+        case "s":
+            return {decode(item) for item in content}
+        case "z":
+            return frozenset(decode(item) for item in content)
+        case "d":
+            return {decode(key): decode(item) for key, item in content}
+    raise ValueError(f"unknown tag {tag[:20]!r}")
+
+
+def payload_of(job: Job) -> bytes:
+    """What the child reads. Each call's arguments are JSON of their own, so that each is decoded afresh."""
+    fields = {key: getattr(job, key) for key in ("source", "probe", "entry", "setup", "cls", "name", "reference")}
+    return json.dumps({**fields, "calls": [json.dumps(dict(call)) for call in job.calls]}).encode()
+
+
+def outcome_of(job: Job, told: Mapping[str, Any], reply: bytes | None, stdout: bytes, file: bytes | None) -> Outcome:
+    """Judge by the wait status and what the dead child left. A reply that does not decode is the submission's doing."""
+    code = os.waitstatus_to_exitcode(told["status"])
+    compiled = reply is not None and reply.startswith(COMPILED)
+    found: dict[str, Any] = {}
+    status: Status = "ok"
+    if told["reason"]:
+        status = {"wall": "wall_limit", "disk": "disk_limit"}[told["reason"]]
+    elif code < 0:
+        status = "cpu_limit" if told["cpu_s"] >= 0.9 * math.ceil(job.cpu_s) else "signal"
+    elif not compiled:
+        status = "compile_error" if reply == b"" else "bad_reply"
+    body = reply[len(COMPILED) :] if compiled else b""
+    if body:
+        try:
+            found = json.loads(body)
+            found = {**found, "values": tuple(decode(value) for value in found.get("values", ()))}
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            found, status = {}, "bad_reply"
+    elif status == "ok":
+        status = "exit"
+    if status == "ok" and found.get("raised"):
+        status = "error"
+    audit = found.get("audit")
+    return Outcome(
+        status=status,
+        compiled=compiled,
+        values=found.get("values", ()),
+        raised=str(found.get("raised", ""))[:200],
+        flag=found.get("flag") is True,
+        audit={key: value is True for key, value in audit.items()} if isinstance(audit, dict) else None,
+        stdout=stdout.decode("utf-8", "replace"),
+        file=file,
+        exit_code=code,
+        cpu_s=told["cpu_s"],
+    )
