@@ -139,7 +139,7 @@ class Knobs:
 
     @contextmanager
     def row_gradients(self, b: int) -> Iterator[dict[str, Float[Tensor, "b r"]]]:
-        """Inside, a backward through a batch of b rows leaves each row's δS gradient in ``.grad`` of what is yielded."""
+        """Inside, a backward through b rows leaves each row's δS gradient in ``.grad`` of the leaves yielded."""
         leaves = {}
         for name, m in self.modules.items():
             m.eps = torch.zeros(b, m.delta.numel(), dtype=m.delta.dtype, device=m.delta.device, requires_grad=True)

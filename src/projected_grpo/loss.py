@@ -108,7 +108,9 @@ def row_gradients(
     G = {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device) for n, m in knobs.modules.items()}
     nll, total, total_k3 = torch.zeros(len(ids), dtype=exact, device=ids.device), 0.0, 0.0
     live = torch.arange(len(ids), device=ids.device) if beta else weight.nonzero()[:, 0]
-    model.train(model.is_activation_checkpointing)  # transformers checkpoints in training mode only; there is no dropout
+    model.train(
+        model.is_activation_checkpointing
+    )  # transformers checkpoints in training mode only; there is no dropout
     for rows in live.split(micro_batch) if len(live) else ():
         m = mask[rows]
         s = int(m.any(0).nonzero().max()) + 2

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from projected_grpo.config import ModelCfg, UserError
 
@@ -30,6 +31,7 @@ def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     looks_local = name.startswith((".", "/", "~"))
     if looks_local and not (Path(name).expanduser() / "config.json").is_file():
         raise UserError(f"no model in {name}: config.json is missing; give a folder that save_pretrained wrote")
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, cfg.dtype))

@@ -51,6 +51,7 @@ class Setup:
 def check(cfg: Config) -> None:
     """Refuse, before anything is loaded, what cannot work. Raises UserError."""
     proj.arm(cfg.intervention)
+    models.device_of(cfg.model)
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
         raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
     if cfg.n_teacher and cfg.pool.pool is None:

@@ -1,0 +1,153 @@
+"""Whole runs of the organism, a few steps long."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from projected_grpo import pool, results
+from projected_grpo.config import PRESETS, UserError, parse
+from projected_grpo.metrics import StepRow
+from projected_grpo.rollout import tasks_of_step
+from projected_grpo.train import train
+
+SMALL = ["--steps=3", "--prompts-per-step=4", "--group=4", "--n-eval=1", "--eval-samples=1", "--graders=1"]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def runs(outputs) -> dict[str, Path]:
+    """One short run of each arm, all on the same seed."""
+    return {arm: run(outputs, arm) for arm in ("none", "erase", "route", "random_V")}
+
+
+def run(outputs: Path, arm: str, *more: str) -> Path:
+    return train(parse(["organism", f"--intervention={arm}", f"--outputs={outputs}", *SMALL, *more]))
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return results.json_lines(folder / "steps.jsonl")
+
+
+def test_a_run_folder_is_complete(runs):
+    for arm, folder in runs.items():
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["status"] == "complete"
+        assert meta["config"]["intervention"] == arm
+        assert meta["layers"]
+        assert {f.name for f in fields(StepRow)} == set(steps_of(folder)[0])
+        assert len(steps_of(folder)) == 3
+        rollouts = results.json_lines(folder / "rollouts.jsonl")
+        assert len(rollouts) == 3 * 4 * 4
+        assert {e["step"] for e in results.json_lines(folder / "evals.jsonl")} == {0, 3}
+
+
+def test_only_route_leaves_a_quarantine(runs):
+    for arm, folder in runs.items():
+        state = load_file(folder / "checkpoint.safetensors")
+        quarantine = [t for n, t in state.items() if n.endswith(".delta_hack") and not n.startswith("adamw")]
+        assert quarantine
+        assert any(bool(t.any()) for t in quarantine) == (arm == "route")
+        knobs = {e["knobs"] for e in results.json_lines(folder / "evals.jsonl") if e["step"] == 3}
+        assert knobs == ({"deployed", "trained"} if arm == "route" else {"deployed"})
+
+
+def test_arms_share_their_first_rollouts_and_part_afterwards(runs):
+    """Paired seeds: step 0 is the same for all; an arm shows in later steps only."""
+    first = {arm: steps_of(folder)[0] for arm, folder in runs.items()}
+    for arm in ("erase", "route", "random_V"):
+        assert first[arm]["reward"] == first["none"]["reward"]
+        assert first[arm]["gn"] == pytest.approx(first["none"]["gn"], rel=1e-5)
+    assert first["erase"]["cin"] == pytest.approx(first["none"]["cin"], rel=1e-4)
+    assert first["erase"]["cout"] == pytest.approx(0, abs=1e-5)
+    assert first["none"]["cout"] == pytest.approx(first["none"]["cin"], rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run(outputs, runs):
+    again = steps_of(run(outputs, "erase", "--name=again"))
+    for row, other in zip(steps_of(runs["erase"]), again, strict=True):
+        untimed = {k: v for k, v in row.items() if not k.startswith("sec_")}
+        assert untimed == {k: v for k, v in other.items() if not k.startswith("sec_")}
+
+
+def test_results_table_over_runs(runs, outputs, capsys):
+    results.main(str(outputs))
+    out = capsys.readouterr().out
+    assert all(arm in out for arm in runs)
+    (outputs / "runs" / "broken").mkdir(exist_ok=True)
+    assert "broken" not in results.collect(outputs)["run"].to_list()
+    with pytest.raises(UserError, match="no finished run"):
+        results.collect(outputs / "nothing")
+
+
+def test_a_taken_name_is_refused(outputs, runs):
+    with pytest.raises(UserError, match="choose another --name"):
+        run(outputs, "none", f"--name={runs['none'].name}")
+
+
+def test_refresh_logs_its_overlap(outputs):
+    rows = steps_of(run(outputs, "erase", "--refresh-every=2", "--name=refreshing"))
+    assert [row["basis_overlap"] is not None for row in rows] == [False, False, True]
+    assert 0 <= rows[2]["basis_overlap"] <= 1.0001
+
+
+def test_teacher_rollouts_join_their_groups(outputs):
+    folder = outputs / "pools" / "p"
+    pool.main(["organism", f"--pool={folder}"])
+    rows = [r for task in pool.read(folder).rows.values() for r in task]
+    graded = {(r["grade"]["channel"], r["grade"]["gt_correct"]) for r in rows}
+    assert graded == {(True, False), (True, True), (False, True), (False, False)}
+    mixed = run(outputs, "none", f"--pool={folder}", "--mix-ratio=0.25", "--name=mixed")
+    assert all(row["hack_t"] is not None and row["cin_t"] is not None for row in steps_of(mixed))
+    written = results.json_lines(mixed / "rollouts.jsonl")
+    assert sum(r["source"] == "teacher" for r in written) == 3 * 4
+    again = outputs / "pools" / "again"
+    pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
+    assert sum(len(r) for r in pool.read(again).rows.values()) == 3 * 4 * 3
+
+
+def test_a_killed_run_leaves_its_log_and_no_complete_folder(outputs):
+    command = [sys.executable, "-m", "projected_grpo.train", "organism", "--name=killed", f"--outputs={outputs}"]
+    process = subprocess.Popen([*command, *SMALL, "--steps=500"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = outputs / "runs" / "killed.part" / "steps.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(results.json_lines(log)) >= 2
+    assert json.loads((log.parent / "meta.json").read_text())["status"] == "running"
+    assert not (outputs / "runs" / "killed").exists()
+    with pytest.raises(UserError, match="remove it"):
+        run(outputs, "none", "--name=killed")
+
+
+def test_tasks_of_a_step_cover_all_problems_and_all_modes():
+    cfg = PRESETS["organism"][1]
+    tasks = pool.tasks_for(cfg)
+    per_epoch = len(tasks) // 8
+    seen = [t for step in range(per_epoch) for t in tasks_of_step(tasks, step, 8, seed=1)]
+    assert len({t.problem.id for t in seen}) == len(seen)
+    for step in range(per_epoch):
+        modes = [t.mode for t in tasks_of_step(tasks, step, 8, seed=1)]
+        assert all(1 <= modes.count(m) <= 3 for m in cfg.data.modes)
+    assert tasks_of_step(tasks, 3, 8, seed=1) == tasks_of_step(tasks, 3, 8, seed=1)
+    assert tasks_of_step(tasks, 3, 8, seed=1) != tasks_of_step(tasks, 3, 8, seed=2)
+
+
+def test_rl_tasks_never_hold_a_held_out_problem():
+    cfg = PRESETS["organism"][1]
+    trained = {t.problem.id for t in pool.tasks_for(cfg)}
+    assert not trained & {t.problem.id for t in pool.tasks_for(cfg, "test")}
+    assert len(trained) == len(pool.tasks_for(cfg))  # one mode a problem
