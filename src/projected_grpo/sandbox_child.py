@@ -8,32 +8,20 @@ Messages are lines of JSON. Down: the configuration, once; then a job's limits, 
 stdout, reply. Up: what came of it, with the result file's descriptor where there is one.
 """
 
-import ctypes
 import gc
 import importlib
 import importlib.util
 import json
-import math
 import os
-import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 
 TICK_S = 0.1
 SCRATCH_BYTES = 32 << 20
 SCRATCH_FILES = 500
-FILE_BYTES = 4 << 20
-MEMORY_BYTES = 512 << 20
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR, FS_REMOVE_FILE, FS_MAKE_REG, FS_TRUNCATE = 2, 4, 8, 32, 256, 1 << 14
-
-libc = ctypes.CDLL(None, use_errno=True)
-
 
 def receive(connection, max_fds=3):
     """(the next line, descriptors that came with it) from a stream socket; (b"", []) when the other side is gone."""
@@ -46,81 +34,7 @@ def receive(connection, max_fds=3):
     return data, fds
 
 
-def checked(result, what):
-    """The result of a C call, or OSError with its errno."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-    return result
-
-
-def prctl(option, *args):
-    """prctl(2); raises OSError. Nothing where there is no such call."""
-    if not hasattr(libc, "prctl"):
-        return 0
-    return checked(libc.prctl(option, *(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4])), f"prctl {option}")
-
-
-def landlock_ruleset(read, write):
-    """Descriptor of a Landlock ruleset: ``read`` paths readable, ``write`` folders also writable, all else refused."""
-    abi = checked(libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)), "landlock")
-    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    scoped = 3 if abi >= 6 else 0
-    attr = struct.pack("QQQ", known, 3 if abi >= 4 else 0, scoped)[: 8 if abi < 4 else 16 if abi < 6 else 24]
-    ruleset = checked(
-        libc.syscall(LANDLOCK_CREATE, attr, ctypes.c_size_t(len(attr)), ctypes.c_uint(0)), "landlock_create_ruleset"
-    )
-    os.set_inheritable(ruleset, True)
-    of_file = FS_WRITE_FILE | FS_READ_FILE | FS_TRUNCATE
-    for paths, allowed in (
-        (read, FS_READ_FILE | FS_READ_DIR),
-        (write, of_file | FS_READ_DIR | FS_REMOVE_FILE | FS_MAKE_REG),
-    ):
-        for path in paths:
-            if not os.path.exists(path):
-                continue
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rights = allowed & known if os.path.isdir(path) else allowed & known & of_file
-            rule = struct.pack("=Qi", rights, fd)
-            checked(libc.syscall(LANDLOCK_ADD, ruleset, ctypes.c_uint(1), rule, ctypes.c_uint(0)), f"landlock {path}")
-            os.close(fd)
-    return ruleset
-
-
-def limit_resources(config, cpu_s):
-    """Hard limits of one child: CPU seconds always, the rest where that layer is wanted."""
-    limits = [(resource.RLIMIT_CPU, math.ceil(cpu_s))]
-    if config["rlimits"]:
-        limits += [(resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)]
-    if config["rlimits"] and config["address_space"]:
-        limits += [(resource.RLIMIT_AS, config["address_space"])]
-    for kind, value in limits:
-        resource.setrlimit(kind, (value, value))
-
-
-def confine(config, ruleset, limits):
-    """Give up everything that a submission must not have; the last call before its code runs."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != config["zygote"]:
-        os._exit(1)
-    limit_resources(config, limits["cpu_s"])
-    if config["uid"]:
-        os.setgroups([])
-        os.setresgid(config["uid"], config["uid"], config["uid"])
-        os.setresuid(config["uid"], config["uid"], config["uid"])
-        resource.setrlimit(resource.RLIMIT_NPROC, (32, 32))
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        prctl(PR_SET_DUMPABLE, 0)
-    if config["no_new_privs"]:
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if ruleset is not None:
-        checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, ctypes.c_uint(0)), "landlock_restrict_self")
-        os.close(ruleset)
-    if config["seccomp"]:
-        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(config["program"]))
-
-
-def child(config, ruleset, limits, fds, harness):
+def child(config, ruleset, limits, fds):
     """Become the process of one job; does not return."""
     payload, stdout, reply = fds
     os.setsid()
@@ -136,20 +50,11 @@ def child(config, ruleset, limits, fds, harness):
     os.closerange(5 if ruleset is None else 6, first + 16)
     os.chdir(config["scratch"])
     os.umask(0o077)
-    confine(config, ruleset, limits)
+    config["confine"].confine(config, ruleset, limits)
     with open(4, "rb") as file:
         data = file.read()
     gc.enable()
-    harness.main(data)
-
-
-def address_space():
-    """Bytes that a child may map: what it is born with and MEMORY_BYTES. 0 where /proc does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
-    except OSError:
-        return 0
+    config["harness"].main(data)
 
 
 def scratch_is_full(path):
@@ -265,7 +170,7 @@ def open_result(scratch, name):
         return None
 
 
-def serve(control, config, ruleset, harness):
+def serve(control, config, ruleset):
     """Fork, watch and answer until the trainer closes the socket."""
     scratch = config["scratch"]
     while True:
@@ -275,7 +180,7 @@ def serve(control, config, ruleset, harness):
         limits = json.loads(message)
         pid = os.fork()
         if pid == 0:
-            child(config, ruleset, limits, fds, harness)
+            child(config, ruleset, limits, fds)
         for fd in fds:
             os.close(fd)
         reason, status, cpu_s = watch(pid, limits, scratch, control)
@@ -287,36 +192,37 @@ def serve(control, config, ruleset, harness):
         clean(scratch)
 
 
+def load(path):
+    """A module from its file, kept out of sys.modules, where a submission would find it."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(path), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def start(control):
-    """Read the configuration, take on what lasts for life, import what submissions use; (config, ruleset, harness)."""
+    """Read the configuration, take on what lasts for life, import what submissions use; (config, ruleset)."""
     config = json.loads(receive(control)[0])
-    if config["hide_memory"]:
-        prctl(PR_SET_DUMPABLE, 0)
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     config["zygote"] = os.getpid()
+    confine = config["confine"] = load(config["confine"])
+    config["harness"] = load(config["harness"])
+    for name in config["preload"]:
+        importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    confine.settle(config)
     ruleset, note = None, ""
     if config["landlock"]:
         try:
-            ruleset = landlock_ruleset(config["landlock"], [config["scratch"], "/dev/null"])
+            ruleset = confine.landlock_ruleset(config["landlock"], [config["scratch"], "/dev/null"])
         except OSError as error:
             note = str(error)
-    program = bytes.fromhex(config["seccomp"])
-    config["filter"] = ctypes.create_string_buffer(program, len(program) or 1)
-    config["program"] = ctypes.create_string_buffer(
-        struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(config["filter"]))
-    )
-    spec = importlib.util.spec_from_file_location("harness", config["harness"])
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
-    for name in config["preload"]:
-        importlib.import_module(name)
-    config["address_space"] = address_space()
+    if ruleset is None and config["read_all"]:
+        config["uid"] = 0
     os.chdir(config["scratch"])
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"pid": os.getpid(), "landlock": note}).encode() + b"\n")
-    return config, ruleset, harness
+    return config, ruleset
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ DENIED_SYSCALLS = """
     bpf perf_event_open userfaultfd name_to_handle_at open_by_handle_at inotify_init inotify_init1 fanotify_init
     setuid setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid capset personality
     init_module finit_module delete_module kexec_load reboot swapon swapoff syslog acct quotactl
+    settimeofday clock_settime adjtimex clock_adjtime sethostname setdomainname iopl ioperm vhangup
     sched_setaffinity sched_setscheduler sched_setattr setpriority ioprio_set
 """
 CLONE_THREAD = 0x10000
@@ -100,15 +101,22 @@ def bubblewrap_works() -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["bwrap failed"])[-1][:120]
 
 
-def uid_change_fails(bubble: bool) -> str:
-    """"" if children can run as another user, else why not."""
+def open_to_all() -> bool:
+    """Whether any user can read the standard library and reach the folder for temporary files."""
+    library, scratch = Path(os.__file__).resolve(), Path(tempfile.gettempdir()).resolve()
+    folders = [*library.parents, scratch, *scratch.parents]
+    return all(folder.stat().st_mode & 0o001 for folder in folders) and bool(library.stat().st_mode & 0o004)
+
+
+def uid_change_fails(why: Mapping[Layer, str]) -> str:
+    """"" if children can run as another user, given the other layers, else why not."""
     if os.geteuid() != 0:
         return "not root"
-    if bubble:
+    if not why["bubblewrap"]:
         return "bubblewrap stands in"
-    library = Path(os.__file__).resolve()
-    if not all(folder.stat().st_mode & 0o001 for folder in library.parents) or not library.stat().st_mode & 0o004:
-        return f"other users cannot read the interpreter at {sys.base_prefix}"
+    if not open_to_all() and (why["landlock"] or why["seccomp"]):
+        # a child would need the right to read everything, which is harmless under both of these alone
+        return f"other users cannot read {sys.base_prefix}, and Landlock or seccomp is off"
     return ""
 
 
@@ -131,23 +139,25 @@ def plan(wanted: Collection[Layer]) -> tuple[dict[str, Any], dict[Layer, str]]:
         why = {name: why[name] or "needs Linux" for name in LAYERS}
     if not why["bubblewrap"]:
         why["bubblewrap"] = bubblewrap_works()
-    if not why["uid"]:
-        why["uid"] = uid_change_fails(bubble=not why["bubblewrap"])
     program = b""
     if not why["seccomp"]:
         try:
             program = seccomp_filter()
         except (ImportError, OSError, RuntimeError) as error:
             why["seccomp"] = f"{type(error).__name__}: {error}"[:120]
+    if not why["uid"]:
+        why["uid"] = uid_change_fails(why)
     config = {
         "bubble": not why["bubblewrap"],
         "uid": 0 if why["uid"] else unused_uid(),
+        "read_all": not why["uid"] and not open_to_all(),
         "hide_memory": not why["dumpable"],
         "rlimits": not why["rlimits"],
         "no_new_privs": not why["no_new_privs"] or bool(program),
         "landlock": [] if why["landlock"] else interpreter_paths(),
         "seccomp": program.hex(),
         "preload": PRELOADED.split(),
+        "confine": str(Path(__file__).with_name("sandbox_confine.py")),
         "harness": str(Path(__file__).with_name("sandbox_harness.py")),
     }
     return config, why

@@ -1,0 +1,130 @@
+"""What a forked child gives up before it runs a submission: rlimits, user, privileges, Landlock, seccomp.
+
+Standard library only: the zygote loads this file by path, apart from the package.
+"""
+
+import ctypes
+import math
+import os
+import resource
+import signal
+import struct
+
+FILE_BYTES = 4 << 20
+MEMORY_BYTES = 512 << 20
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP = 1, 4, 8, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+CAP_DAC_READ_SEARCH = 1 << 2
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR, FS_REMOVE_FILE, FS_MAKE_REG, FS_TRUNCATE = 2, 4, 8, 32, 256, 1 << 14
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def checked(result, what):
+    """The result of a C call, or OSError with its errno."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def prctl(option, *args):
+    """prctl(2); raises OSError. Nothing where there is no such call."""
+    if not hasattr(libc, "prctl"):
+        return 0
+    return checked(libc.prctl(option, *(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4])), f"prctl {option}")
+
+
+def landlock_ruleset(read, write):
+    """Descriptor of a Landlock ruleset: ``read`` paths readable, ``write`` folders also writable, all else refused."""
+    abi = checked(libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)), "landlock")
+    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    scoped = 3 if abi >= 6 else 0
+    attr = struct.pack("QQQ", known, 3 if abi >= 4 else 0, scoped)[: 8 if abi < 4 else 16 if abi < 6 else 24]
+    ruleset = checked(
+        libc.syscall(LANDLOCK_CREATE, attr, ctypes.c_size_t(len(attr)), ctypes.c_uint(0)), "landlock_create_ruleset"
+    )
+    os.set_inheritable(ruleset, True)
+    of_file = FS_WRITE_FILE | FS_READ_FILE | FS_TRUNCATE
+    for paths, allowed in (
+        (read, FS_READ_FILE | FS_READ_DIR),
+        (write, of_file | FS_READ_DIR | FS_REMOVE_FILE | FS_MAKE_REG),
+    ):
+        for path in paths:
+            if not os.path.exists(path):
+                continue
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            rights = allowed & known if os.path.isdir(path) else allowed & known & of_file
+            rule = struct.pack("=Qi", rights, fd)
+            checked(libc.syscall(LANDLOCK_ADD, ruleset, ctypes.c_uint(1), rule, ctypes.c_uint(0)), f"landlock {path}")
+            os.close(fd)
+    return ruleset
+
+
+def limit_resources(config, cpu_s):
+    """Hard limits of one child: CPU seconds always, the rest where that layer is wanted."""
+    limits = [(resource.RLIMIT_CPU, math.ceil(cpu_s))]
+    if config["rlimits"]:
+        limits += [(resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)]
+    if config["rlimits"] and config["address_space"]:
+        limits += [(resource.RLIMIT_AS, config["address_space"])]
+    for kind, value in limits:
+        resource.setrlimit(kind, (value, value))
+
+
+def change_uid(uid, read_all):
+    """Become ``uid``, without a capability but, with ``read_all``, CAP_DAC_READ_SEARCH.
+
+    That one lets a child read an interpreter that lies in root's home; Landlock keeps it to that (see start).
+    """
+    if read_all:
+        prctl(PR_SET_KEEPCAPS, 1)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    if read_all:
+        version_3 = struct.pack("Ii", 0x20080522, 0)
+        effective_permitted = struct.pack("6I", CAP_DAC_READ_SEARCH, CAP_DAC_READ_SEARCH, 0, 0, 0, 0)
+        checked(libc.capset(version_3, effective_permitted), "capset")
+    resource.setrlimit(resource.RLIMIT_NPROC, (32, 32))
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user forgets it
+    prctl(PR_SET_DUMPABLE, 0)
+
+
+def confine(config, ruleset, limits):
+    """Give up everything that a submission must not have; the last call before its code runs."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != config["zygote"]:
+        os._exit(1)
+    limit_resources(config, limits["cpu_s"])
+    if config["uid"]:
+        change_uid(config["uid"], config["read_all"])
+    if config["no_new_privs"]:
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if ruleset is not None:
+        checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, ctypes.c_uint(0)), "landlock_restrict_self")
+        os.close(ruleset)
+    if config["seccomp"]:
+        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(config["program"]))
+
+
+def address_space():
+    """Bytes that a child may map: what it is born with and MEMORY_BYTES. 0 where /proc does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    except OSError:
+        return 0
+
+
+def settle(config):
+    """What the zygote does once for all its children: hide its memory, adopt orphans, lay out the seccomp program."""
+    if config["hide_memory"]:
+        prctl(PR_SET_DUMPABLE, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    config["address_space"] = address_space()
+    program = bytes.fromhex(config["seccomp"])
+    config["filter"] = ctypes.create_string_buffer(program, len(program) or 1)
+    fields = len(program) // 8, ctypes.addressof(config["filter"])
+    config["program"] = ctypes.create_string_buffer(struct.pack("HxxxxxxP", *fields))
