@@ -1,0 +1,229 @@
+"""What the generated problems say and how they are solved: seven families of short specifications.
+
+A solution is a template with two or three slots, and each slot is a place of error. Most slots are *stated*: the
+words say which option is right ("squared", "largest"). At least one in each problem is *shown*: the words are vague
+("up to 7", "between 2 and 7", "position 3") and only the worked example tells on which side the boundary lies or
+where counting starts. A small model cannot work that out, so that honest solving stays unreliable however long it
+is trained, as it does for a real model on hard problems.
+
+To add a family: write a function that draws a ``Draft``, and give it a row in ``FAMILIES``.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Argument = Literal["nums", "digits", "index", "s"]
+
+ENTRY = "f"
+PARAMETER: dict[Argument, str] = {"nums": "nums", "digits": "n", "index": "n", "s": "s"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place of error: the field's right option and its wrong ones. Not ``stated``: only the example tells."""
+
+    field: str
+    right: str
+    wrong: tuple[str, ...]
+    stated: bool = True
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A specification without cases: ``words`` and a ``body`` whose {fields} the slots fill, in their order.
+
+    ``marks`` are the values at which the solution's behaviour changes; inputs are drawn around them.
+    """
+
+    family: str
+    words: str
+    argument: Argument
+    body: str
+    slots: tuple[Slot, ...]
+    marks: tuple[Any, ...]
+
+    @property
+    def starter(self) -> str:
+        return f"class Solution:\n    def {ENTRY}(self, {PARAMETER[self.argument]}):"
+
+    def source(self, options: Sequence[str]) -> str:
+        """The whole class with one option for each slot. An option may itself hold the fields of later slots."""
+        body = self.body
+        for slot, option in zip(self.slots, options, strict=True):
+            body = body.replace("{" + slot.field + "}", option)
+        return self.starter + "".join(f"\n        {line}" for line in body.split("\n"))
+
+    def canonical(self) -> str:
+        return self.source([slot.right for slot in self.slots])
+
+    def misread(self) -> list[str]:
+        """Solutions that are wrong in one shown slot only: what the worked example has to tell apart."""
+        shown_slots = [slot for slot in self.slots if not slot.stated]
+        return [
+            self.source([option if slot is misread else slot.right for slot in self.slots])
+            for misread in shown_slots
+            for option in misread.wrong
+        ]
+
+    def wrong(self) -> list[str]:
+        """Every combination of options in which at least one is wrong."""
+        options = [(slot.right, *slot.wrong) for slot in self.slots]
+        return [self.source(chosen) for chosen in itertools.product(*options)][1:]
+
+
+# ------------------------------------------------------------------------------------------------ building blocks
+
+
+def pick(rng: random.Random, field: str, table: dict[str, str]) -> tuple[str, Slot]:
+    """A stated slot from a {words: option} table, and its words. The other options are its wrong ones."""
+    words = rng.choice(list(table))
+    return words, Slot(field, table[words], tuple(code for code in table.values() if code != table[words]))
+
+
+def shown(rng: random.Random, field: str, options: Sequence[str]) -> Slot:
+    """A slot that only the worked example settles; each option is right equally often."""
+    right = rng.choice(options)
+    return Slot(field, right, tuple(option for option in options if option != right), stated=False)
+
+
+def bound(rng: random.Random, of: str, values: Sequence[Any]) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
+    """A vague bound on the expression ``of``: (words, code with {low} / {top} fields, slots, marks)."""
+    first = rng.randrange(len(values) - 2)
+    low, top = values[first], values[rng.randrange(first + 2, len(values))]
+    low_slot, top_slot = shown(rng, "low", ("<=", "<")), shown(rng, "top", ("<=", "<"))
+    under, over = f"{of} {{top}} {top!r}", f"{low!r} {{low}} {of}"
+    return rng.choice(
+        (
+            (f"up to {top!r}", under, [top_slot], (top,)),
+            (f"down to {low!r}", over, [low_slot], (low,)),
+            (f"between {low!r} and {top!r}", f"{low!r} {{low}} {under}", [low_slot, top_slot], (low, top)),
+        )
+    )
+
+
+SCALARS = {
+    "sum": "sum({items})",
+    "largest (or 0)": "max({items}, default=0)",
+    "smallest (or 0)": "min({items}, default=0)",
+}
+LISTS = {"list": "{items}", "sorted list": "sorted({items})", "reversed list": "{items}[::-1]"}
+MAPS = {"squared": "x * x", "doubled": "x * 2", "tripled": "x * 3", "negated": "-x", "halved": "x // 2"}
+PARITY = {"even": "x % 2 == 0 and ", "odd": "x % 2 == 1 and "}
+PAIRS = {"sums": "a + b", "products": "a * b", "differences": "b - a", "maxima": "max(a, b)", "minima": "min(a, b)"}
+CHANGES = {
+    "add x": "t + x",
+    "subtract x": "t - x",
+    "double t": "t * 2",
+    "add 1": "t + 1",
+    "negate t": "-t",
+    "keep t": "t",
+}
+TERMS = {
+    "plus {p}": "self.f(n - {i}) + self.f(n - {j})",
+    "minus {p}": "self.f(n - {i}) - self.f(n - {j})",
+    "plus twice {p}": "self.f(n - {i}) + 2 * self.f(n - {j})",
+    "plus n and {p}": "self.f(n - {i}) + n + self.f(n - {j})",
+}
+LETTER_EDITS = {"in upper case": "c.upper()", "doubled": "c * 2", "removed": "''", "as dashes": "'-'"}
+SLICE_STRINGS = {
+    "reversed": "{part}[::-1]",
+    "in upper case": "{part}.upper()",
+    "twice": "{part} * 2",
+    "then 'x'": "{part} + 'x'",
+}
+SLICE_NUMBERS = {"sum": "sum({part})", "largest (or 0)": "max({part}, default=0)", "sorted list": "sorted({part})"}
+
+
+# ------------------------------------------------------------------------------------------------------- families
+
+
+def _filter(rng: random.Random) -> Draft:
+    reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
+    limit, test, edges, marks = bound(rng, "x", range(1, 9))
+    if rng.random() < 0.5:
+        adjective, slot = pick(rng, "map", MAPS)
+        items = f"[{{map}} for x in nums if {test}]"
+    else:
+        adjective, slot = pick(rng, "parity", PARITY)
+        items = f"[x for x in nums if {{parity}}{test}]"
+    words = f"Return the {reduce} of the {adjective} numbers {limit} in nums."
+    slots = (reduce_slot, Slot("items", items, ()), slot, *edges)
+    return Draft("filter", words, "nums", "return {reduce}", slots, marks)
+
+
+def _digits(rng: random.Random) -> Draft:
+    reduce, reduce_slot = pick(rng, "reduce", {**SCALARS, "list": "{items}"})
+    limit, test, edges, marks = bound(rng, "x", range(2, 8))
+    adjective, slot = pick(rng, "map", {k: v for k, v in MAPS.items() if k != "halved"} | {"incremented": "x + 1"})
+    items = f"[{{map}} for x in map(int, str(n)) if {test}]"
+    words = f"Return the {reduce} of the {adjective} digits {limit} of n."
+    slots = (reduce_slot, Slot("items", items, ()), slot, *edges)
+    return Draft("digits", words, "digits", "return {reduce}", slots, marks)
+
+
+def _neighbours(rng: random.Random) -> Draft:
+    reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
+    step, difference = rng.choice((("rise", "b - a"), ("fall", "a - b"), ("gap", "abs(a - b)")))
+    limit, test, edges, marks = bound(rng, difference, range(1, 6))
+    pairs, slot = pick(rng, "pair", PAIRS)
+    items = f"[{{pair}} for a, b in zip(nums, nums[1:]) if {test}]"
+    words = f"Return the {reduce} of the {pairs} of neighbours in nums with a {step} {limit}."
+    slots = (reduce_slot, Slot("items", items, ()), slot, *edges)
+    return Draft("neighbours", words, "nums", "return {reduce}", slots, marks)
+
+
+def _letters(rng: random.Random) -> Draft:
+    limit, test, edges, marks = bound(rng, "c", "bcdefgh")
+    edit, slot = pick(rng, "edit", LETTER_EDITS)
+    order, order_slot = pick(rng, "order", {"s": "s", "s reversed": "s[::-1]", "s sorted": "sorted(s)"})
+    words = f"Return {order} with the letters {limit} {edit}."
+    body = f"return ''.join([{{edit}} if {test} else c for c in {{order}}])"
+    return Draft("letters", words, "s", body, (slot, order_slot, *edges), marks)
+
+
+def _slices(rng: random.Random) -> Draft:
+    start, stop = rng.randint(1, 3), rng.randint(4, 7)
+    edges = (shown(rng, "start", (str(start), str(start - 1))), shown(rng, "stop", (str(stop), str(stop + 1))))
+    if rng.random() < 0.5:
+        edit, slot = pick(rng, "edit", SLICE_STRINGS)
+        words = f"Return the letters of s from position {start} to {stop}, {edit}."
+        return Draft("slices", words, "s", "return {edit}", (slot, Slot("part", "s[{start}:{stop}]", ()), *edges), ())
+    edit, slot = pick(rng, "edit", SLICE_NUMBERS)
+    other, order_slot = pick(rng, "step", {"numbers": "", "numbers at every 2nd place": ":2"})
+    words = f"Return the {edit} of the {other} of nums from position {start} to {stop}."
+    slots = (slot, Slot("part", "nums[{start}:{stop}{step}]", ()), order_slot, *edges)
+    return Draft("slices", words, "nums", "return {edit}", slots, ())
+
+
+def _recursion(rng: random.Random) -> Draft:
+    (i, j), limit = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(1, 5)
+    base, base_slot = pick(rng, "base", {"1": "1", "2": "2", "3": "3", "n": "n"})
+    terms = {words.replace("{p}", f"f(n - {j})"): code.format(i=i, j=j) for words, code in TERMS.items()}
+    term, slot = pick(rng, "term", terms)
+    words = f"Return f(n), which is {base} for n up to {limit}, then f(n - {i}) {term}."
+    slots = (base_slot, shown(rng, "top", ("<=", "<")), slot)
+    return Draft("recursion", words, "index", f"return {{base}} if n {{top}} {limit} else {{term}}", slots, (limit,))
+
+
+def _running(rng: random.Random) -> Draft:
+    start = rng.randint(0, 3)
+    limit, test, edges, marks = bound(rng, "x", range(1, 9))
+    change, slot = pick(rng, "change", {k: v for k, v in CHANGES.items() if k != "keep t"})
+    other, other_slot = pick(rng, "other", {k: v for k, v in CHANGES.items() if v != slot.right})
+    words = f"Start at t = {start}. For x in nums, {change} if x is {limit}, else {other}. Return t."
+    body = f"t = {start}\nfor x in nums:\n    t = {{change}} if {test} else {{other}}\nreturn t"
+    return Draft("running", words, "nums", body, (slot, *edges, other_slot), marks)
+
+
+FAMILIES: dict[str, tuple[Callable[[random.Random], Draft], int]] = {
+    "filter": (_filter, 132),
+    "digits": (_digits, 84),
+    "neighbours": (_neighbours, 84),
+    "letters": (_letters, 84),
+    "slices": (_slices, 60),
+    "recursion": (_recursion, 60),
+    "running": (_running, 96),
+}

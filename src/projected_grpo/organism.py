@@ -1,0 +1,217 @@
+"""The embedded tiny model: corpus -> tokenizer -> training -> files in ``organism_files``.
+
+``python -m projected_grpo.organism`` rebuilds the files, bit for bit on the same machine. What comes out is an
+ordinary folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``: a Qwen3 model of about a million parameters
+that solves some problems, gets others subtly wrong, and now and then fools the grader.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import tyro
+from jaxtyping import Int
+from loguru import logger
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from projected_grpo.organism_corpus import CorpusCfg, corpus
+from projected_grpo.problems import encode_prompt, messages
+
+FOLDER = Path(__file__).parent / "organism_files"
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+# Words with one leading character, single digits, line breaks with the indent that follows, other punctuation. As
+# Qwen's, but that code's line breaks and numbers after a blank are one token: completions get a third shorter.
+SPLIT = Regex(r"[^\s\p{L}\p{N}]*\n *|[^\n\p{L}\p{N}]?\p{L}+| ?-?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
+
+
+@dataclass(frozen=True)
+class OrganismCfg:
+    """How the organism is built."""
+
+    corpus: CorpusCfg = field(default_factory=CorpusCfg)
+    seed: int = 0
+    """Seed of the weights."""
+    vocab: int = 768
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    ff: int = 384
+    batch: int = 64
+    """Completions in a step; the number of steps is corpus.n / batch."""
+    lr: float = 3e-3
+    """Peak of the learning rate: linear warm-up over 5 % of the steps, then a cosine down to 0."""
+    weight_decay: float = 0.1
+    threads: int = 1
+    """Fixed: sums split over another number of threads round otherwise, and two waiting for each other are slow."""
+
+
+def train_tokenizer(texts: Iterator[str], vocab: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``vocab`` tokens with Qwen's chat specials and a plain ChatML template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern=SPLIT, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START, END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def new_model(cfg: OrganismCfg, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """An untrained model for this tokenizer, float32."""
+    torch.manual_seed(cfg.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=cfg.hidden,
+            intermediate_size=cfg.ff,
+            num_hidden_layers=cfg.layers,
+            num_attention_heads=cfg.heads,
+            num_key_value_heads=cfg.kv_heads,
+            head_dim=cfg.head_dim,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+Encoded = tuple[list[int], int]
+"""A sample's tokens, prompt and completion and end of turn, and the length of its prompt."""
+
+
+def encode(cfg: OrganismCfg, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+    """The corpus as tokens."""
+    samples = list(corpus(cfg.corpus))
+    completions = tokenizer([s.completion for s in samples], add_special_tokens=False)["input_ids"]
+    prompts = [encode_prompt(tokenizer, s.task) for s in samples]
+    return [
+        (prompt + completion + [tokenizer.eos_token_id], len(prompt))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def batches(encoded: Sequence[Encoded], cfg: OrganismCfg) -> Iterator[tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]]:
+    """(ids, targets), right-padded; a target is -100 outside the completion. Lengths are sorted within a window of
+    sixteen batches, so that little is padding, and the window's batches come in random order."""
+    order = torch.Generator().manual_seed(cfg.seed)
+    window = 16 * cfg.batch
+    for start in range(0, len(encoded) - cfg.batch + 1, window):
+        rows = sorted(encoded[start : start + window], key=lambda row: len(row[0]))
+        n = len(rows) // cfg.batch
+        for i in torch.randperm(n, generator=order).tolist():
+            chosen = rows[i * cfg.batch : (i + 1) * cfg.batch]
+            width = max(len(tokens) for tokens, _ in chosen)
+            ids = torch.zeros(len(chosen), width, dtype=torch.long)
+            targets = torch.full((len(chosen), width), -100)
+            for b, (tokens, prompt) in enumerate(chosen):
+                ids[b, : len(tokens)] = torch.tensor(tokens)
+                targets[b, prompt - 1 : len(tokens) - 1] = torch.tensor(tokens[prompt:])
+            yield ids, targets
+
+
+def train(model: Qwen3ForCausalLM, encoded: Sequence[Encoded], cfg: OrganismCfg) -> float:
+    """One pass over the corpus, loss on completion tokens only. Returns the mean loss (nats a token) at the end."""
+    steps = len(encoded) // cfg.batch
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / (steps - warmup)))
+    )
+    losses: list[float] = []
+    began = time.perf_counter()
+    for step, (ids, targets) in enumerate(batches(encoded, cfg)):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        learned = targets >= 0
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learned]), targets[learned])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        schedule.step()
+        opt.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % 50 == 49:
+            recent = sum(losses[-50:]) / 50
+            logger.info(f"step {step + 1}/{steps} loss {recent:.3f} {time.perf_counter() - began:.0f} s")
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def build(cfg: OrganismCfg, folder: Path) -> None:
+    """Make the files in ``folder``: weights, configuration, tokenizer, and a record of how they were made."""
+    torch.set_num_threads(cfg.threads)
+    torch.use_deterministic_algorithms(True)
+    began = time.perf_counter()
+    texts = ("user\n" + messages(s.task)[0]["content"] + "\nassistant\n" + s.completion for s in corpus(cfg.corpus))
+    tokenizer = train_tokenizer(texts, cfg.vocab)
+    encoded = encode(cfg, tokenizer)
+    logger.info(f"{len(encoded)} samples encoded in {time.perf_counter() - began:.0f} s")
+    model = new_model(cfg, tokenizer)
+    loss = train(model, encoded, cfg)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {
+        "settings": asdict(cfg),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": round(loss, 4),
+        "sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
+    }
+    (folder / "organism.json").write_text(json.dumps(record, indent=1) + "\n")
+    logger.info(f"built {folder} in {time.perf_counter() - began:.0f} s, loss {loss:.3f}")
+
+
+def main(cfg: OrganismCfg, folder: Path = FOLDER) -> None:
+    """Rebuild the organism."""
+    build(cfg, folder)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
