@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from projected_grpo import proj
@@ -85,14 +86,29 @@ def share_of(rows: Sequence[Any], verdict: str) -> float | None:
     return sum(getattr(r.grade, verdict) for r in rows) / len(rows) if rows else None
 
 
+@dataclass(frozen=True)
+class Update:
+    """What the optimizer did in a step: ``descent`` = −Δδ of δS by module, (r,), at learning rate ``lr``."""
+
+    descent: dict[str, Float[Tensor, " _r"]]
+    lr: float
+
+
 def step_row(
-    step: int, batch: GradedBatch, grads: RowGrads, p: Projection, gn: float, descent: dict[str, Tensor],
-    V: HackBasis, knobs: Knobs, lr: float, overlap: float | None, sec_train: float,
-) -> StepRow:  # fmt: skip
+    step: int,
+    batch: GradedBatch,
+    grads: RowGrads,
+    p: Projection,
+    u: Update,
+    V: HackBasis,
+    knobs: Knobs,
+    overlap: float | None,
+    sec_train: float,
+) -> StepRow:
     """Everything that is logged of a step."""
     student = [r for r in batch.rollouts if r.source == "student"]
     teacher = [r for r in batch.rollouts if r.source == "teacher"]
-    moved = torch.cat([d != 0 for d in descent.values()])
+    moved = torch.cat([d != 0 for d in u.descent.values()])
     return StepRow(
         step=step,
         reward=sum(r.grade.reward for r in student) / len(student),
@@ -106,15 +122,15 @@ def step_row(
         attempt_by_mode=dict(Counter(r.task.mode for r in student if r.grade.attempted)),
         n_by_mode=dict(Counter(r.task.mode for r in student)),
         **p.stats,
-        cout_update=proj.share(descent, V.V),
-        gn=gn,
+        cout_update=proj.share(u.descent, V.V),
+        gn=p.gn,
         loss=grads.loss,
         kl=grads.kl,
         n_zero_var=batch.n_zero_var,
         norm_delta=proj.total_norm(knobs.delta),
         norm_delta_hack=proj.total_norm(knobs.delta_hack),
         moved=float(moved.double().mean()),
-        lr=lr,
+        lr=u.lr,
         basis_overlap=overlap,
         comp_len=sum(len(r.ids) for r in student) / len(student),
         sec_gen=batch.seconds["gen"],

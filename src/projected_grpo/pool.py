@@ -43,11 +43,18 @@ class Pool:
 
     rows: dict[tuple[str, str], list[Row]]
 
+    def require(self, tasks: Sequence[Task]) -> None:
+        """Raises UserError when a task has no rollout here."""
+        missing = [t for t in tasks if (t.problem.id, t.mode) not in self.rows]
+        if missing:
+            raise UserError(
+                f"the pool has no rollout of {len(missing)} of {len(tasks)} tasks, the first {missing[0].problem.id} "
+                f"in mode {missing[0].mode}: run `just build-pool` for this preset and these settings"
+            )
+
     def draw(self, task: Task, n: int, tokenizer: Any, rng: random.Random) -> list[Rollout]:
-        """n of the task's rollouts, with replacement only when it has fewer. Raises UserError when it has none."""
-        rows = self.rows.get((task.problem.id, task.mode))
-        if not rows:
-            raise UserError(f"the pool has no rollout of {task.problem.id} in mode {task.mode}: build it anew")
+        """n of the task's rollouts, with replacement only when it has fewer. Raises KeyError when it has none."""
+        rows = self.rows[task.problem.id, task.mode]
         chosen = rng.sample(rows, n) if n <= len(rows) else rng.choices(rows, k=n)
         return [
             Rollout(

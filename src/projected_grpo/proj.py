@@ -43,13 +43,14 @@ def arm(name: str) -> Arm:
 
 @dataclass(frozen=True)
 class Projection:
-    """kept + removed = the batch gradient, per module (r,) (up to overshoot and preserve_magnitude).
+    """kept + removed = g, the batch gradient, per module (r,) (up to overshoot and preserve_magnitude); gn = ‖g‖.
 
     δS descends ``kept``; under route δS_hack descends ``removed`` (None in other arms, so it stays exactly zero).
     """
 
-    kept: dict[str, Float[Tensor, " r"]]
-    removed: dict[str, Float[Tensor, " r"]] | None
+    kept: dict[str, Float[Tensor, " _r"]]
+    removed: dict[str, Float[Tensor, " _r"]] | None
+    gn: float
     stats: dict[str, float | None]
 
 
@@ -117,7 +118,7 @@ def project(
             kept[m], removed[m] = split(g[m], v, cfg.gate, cfg.overshoot)
             if cfg.preserve_magnitude:
                 kept[m] = kept[m] * (g[m].norm() / kept[m].norm().clamp(min=1e-30))
-    c = hackward(g, V.V)
+    c, gn = hackward(g, V.V), total_norm(g)
     stats = {
         "cin": share(g, V.V),
         "cin_s": share(g_s, V.V),
@@ -125,6 +126,6 @@ def project(
         "cin_null": null_share(g, V.V),
         "cout": share(kept, V.V),
         "fired": float((c > 0).double().mean()),
-        "removed_frac": total_norm(removed) / total_norm(g) if total_norm(g) else None,
+        "removed_frac": total_norm(removed) / gn if gn else None,
     }
-    return Projection(kept, removed if act == "route" else None, stats)
+    return Projection(kept, removed if act == "route" else None, gn, stats)
