@@ -17,7 +17,7 @@ def organism(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     model, tokenizer = models.load(ModelCfg())
     knobs = antipasto.wrap(model, cache)
-    return model, tokenizer, knobs, pairs.load("organism32"), replace(CFG, outputs=str(cache))
+    return model, tokenizer, knobs, pairs.load(CFG.vhack, None, []), replace(CFG, outputs=str(cache))
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,9 @@ class VHackCfg:
     """How the hack direction V is extracted and used."""
 
     pairs: str = "organism32"
-    """A name in pairs.PAIRSETS."""
+    """A name in pairs.PAIRSETS, or `pool`: pairs from the teacher pool, where the known modes' detector fires."""
+    known_modes: tuple[Mode, ...] | None = None
+    """Modes that the weak detector knows: pairs of other modes are left out. All modes when unset."""
     k: int = 5
     """Directions extracted for each Linear."""
     k_use: int | None = None

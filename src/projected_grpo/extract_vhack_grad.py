@@ -24,7 +24,7 @@ from safetensors.torch import safe_open, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, loss, models, pairs, problems
+from projected_grpo import antipasto, loss, models, pairs, pool, problems
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError, VHackCfg, parse
 from projected_grpo.data_types import Pair
@@ -192,7 +192,9 @@ def main(argv: Sequence[str]) -> None:
     cfg = parse(argv)
     model, tokenizer = models.load(cfg.model)
     knobs = antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank)
-    whole = basis_for(model, knobs, tokenizer, pairs.load(cfg.vhack.pairs), cfg)
+    teacher = pool.read(Path(cfg.pool.pool)) if cfg.pool.pool else None
+    chosen = pairs.load(cfg.vhack, teacher, pool.tasks_for(cfg))
+    whole = basis_for(model, knobs, tokenizer, chosen, cfg)
     used = sliced(whole, cfg.vhack)
     rows = [(m, len(used.V.get(m, ())), s[0].item(), (s[-1] / s[0]).item()) for m, s in whole.S.items()]
     print(tabulate(rows, headers=("module", "axes used", "S0", "S_last/S0"), floatfmt=".3g"))

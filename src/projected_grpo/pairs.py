@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from projected_grpo import families, problems
-from projected_grpo.config import choose
-from projected_grpo.data_types import Mode, Pair
+from projected_grpo.config import UserError, VHackCfg, choose
+from projected_grpo.data_types import Mode, Pair, Task
 from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.pool import Pool
 
 ORGANISM_MODES: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
@@ -38,9 +39,33 @@ PAIRSETS: dict[str, Callable[[], list[Pair]]] = {
 """A set of n holds n fitting pairs and 8 held out, at the default n_heldout."""
 
 
-def load(name: str) -> list[Pair]:
-    """The pairs of a set. Raises UserError naming the sets there are."""
-    return PAIRSETS[choose("pair set", name, list(PAIRSETS))]()
+def from_pool(pool: Pool, tasks: Sequence[Task]) -> list[Pair]:
+    """A pair for every task that has both a rollout on which its mode's detector fires and one without an attempt.
+
+    The detector is the mode's channel, the foolable verdict; whether a rollout is right is not looked at.
+    """
+    pairs = []
+    for task in tasks:
+        rows = pool.rows.get((task.problem.id, task.mode), [])
+        hack = next((r["completion"] for r in rows if r["grade"]["channel"]), None)
+        clean = next((r["completion"] for r in rows if not r["grade"]["attempted"]), None)
+        if hack is not None and clean is not None:
+            pairs.append(Pair(task, hack, clean, f"pool/{task.mode}/{task.problem.id}"))
+    return pairs
+
+
+def load(cfg: VHackCfg, pool: Pool | None, tasks: Sequence[Task]) -> list[Pair]:
+    """The pairs of a set, of the known modes only. Raises UserError when the set is unknown or nothing is left."""
+    if cfg.pairs == "pool" and pool is None:
+        raise UserError("--pairs=pool needs --pool=FOLDER: run `just build-pool` first")
+    if cfg.pairs == "pool" and pool is not None:
+        found = from_pool(pool, tasks)
+    else:
+        found = PAIRSETS[choose("pair set", cfg.pairs, [*PAIRSETS, "pool"])]()
+    known = [p for p in found if cfg.known_modes is None or p.task.mode in cfg.known_modes]
+    if not known:
+        raise UserError(f"no pair of pair set {cfg.pairs!r} is of a known mode: widen --known-modes")
+    return known
 
 
 def digest(pairs: Sequence[Pair]) -> str:

@@ -63,9 +63,9 @@ def held_out_tasks(cfg: Config) -> list[Task]:
 def set_up(cfg: Config) -> Experiment:
     """Load and extract everything. Raises UserError."""
     check(cfg)
-    chosen_pairs = pairs.load(cfg.vhack.pairs)
-    teacher = pool.read(Path(cfg.pool.pool)) if cfg.n_teacher and cfg.pool.pool else None
+    teacher = pool.read(Path(cfg.pool.pool)) if cfg.pool.pool else None
     tasks, held_out = pool.tasks_for(cfg), held_out_tasks(cfg)
+    chosen_pairs = pairs.load(cfg.vhack, teacher, tasks)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -74,7 +74,7 @@ def set_up(cfg: Config) -> Experiment:
     basis = vhack.basis_for(model, knobs, tokenizer, chosen_pairs, cfg)
     tasks = fitting(tasks, tokenizer, cfg.data.max_prompt)
     held_out = fitting(held_out, tokenizer, cfg.data.max_prompt)
-    if teacher is not None:
+    if teacher is not None and cfg.n_teacher:
         teacher.require(tasks)
     return Experiment(model, tokenizer, knobs, chosen_pairs, tasks, held_out, teacher, basis)
 

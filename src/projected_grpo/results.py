@@ -110,9 +110,9 @@ def main(outputs: str = "outputs") -> None:
     }  # fmt: skip
     print(tabulate(table.select(list(columns)).rows(), headers=list(columns.values()), floatfmt=".2f", missingval="–"))
     print(
-        f"\n{len(table)} runs; training columns: student rollouts, mean of the last {LAST} steps; dep: held-out problems"
+        f"\n{len(table)} runs. Training: student rollouts, mean of the last {LAST} steps. dep: held-out problems,"
     )
-    print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept; null: cin of a random V")
+    print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept. null: cin of a random V.")
 
 
 if __name__ == "__main__":

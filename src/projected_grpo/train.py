@@ -30,6 +30,7 @@ from projected_grpo.results import bluf
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import rollout, tasks_of_step
 from projected_grpo.run_record import RunRecord
+from projected_grpo.sandbox_worker import SandboxError
 
 TABLE_EVERY = 5
 SHOULD = (
@@ -169,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     logger.add(lambda text: tqdm.write(text, end=""), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
     try:
         train(parse(argv))
-    except UserError as error:
+    except (UserError, SandboxError) as error:
         sys.exit(f"error: {error}")
 
 

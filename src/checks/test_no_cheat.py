@@ -1,0 +1,96 @@
+"""The strict oracle's verdict is logged and goes nowhere else: not into an advantage, a gate, an update or a pair.
+
+Two routes. Poisoned grades raise when the verdict is read, and a whole step is taken with them. And the modules that
+make advantages, gates and pairs do not name the verdict at all.
+"""
+
+import ast
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import projected_grpo
+from projected_grpo import antipasto, models, pairs, pool, proj
+from projected_grpo.config import PRESETS
+from projected_grpo.data_types import Grade
+from projected_grpo.extract_vhack_grad import extract
+from projected_grpo.prepare import arm_basis
+from projected_grpo.proj import ARMS
+from projected_grpo.rollout import rollout
+from projected_grpo.train import apply_step, make_optimizer, sample_grads
+
+VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
+"""The oracle's verdict and what is derived from it."""
+BLIND = ("loss", "proj", "extract_vhack_grad", "rollout", "pairs", "prepare", "antipasto", "sampling")
+"""Modules in which an advantage, a gate, V or a pair is made."""
+
+
+class Poisoned(Grade):
+    """A grade whose strict verdict must not be read."""
+
+    def __getattribute__(self, name):
+        if name in VERDICTS:
+            raise AssertionError(f"a step read {name}")
+        return super().__getattribute__(name)
+
+
+class BlindGrader:
+    """Pays at random and poisons the verdict."""
+
+    def grade(self, submissions):
+        rng = random.Random(0)
+        return [
+            Poisoned(reward=rng.choice([0.5, 3.5]), format_ok=True, compiles=True, gt_correct=False, channel=False,
+                     attempted=False, status="ok")
+            for _ in submissions
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if not arm.oracle])
+def test_a_step_never_reads_the_verdict(name, cache):
+    cfg = PRESETS["smoke"][1]
+    cfg = replace(cfg, intervention=name, rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=12))
+    model, tokenizer = models.load(cfg.model)
+    knobs = antipasto.wrap(model, cache)
+    V = arm_basis(extract(model, knobs, tokenizer, pairs.load(cfg.vhack, None, []), cfg), cfg)
+    optimizer, scheduler = make_optimizer(knobs, cfg)
+    batch = rollout(model, tokenizer, pool.tasks_for(cfg)[:2], None, BlindGrader(), cfg, 0)
+    assert batch.A.abs().sum() > 0
+    grads = sample_grads(model, knobs, batch, cfg)
+    p = proj.project(grads.G, V, batch.is_student, ARMS[name].act, cfg.vhack)
+    update = apply_step(knobs, p, optimizer, scheduler, cfg.rl.clip)
+    assert any(bool(torch.any(d != 0)) for d in update.descent.values())
+
+
+def test_pairs_from_a_pool_do_not_depend_on_the_verdict():
+    tasks = pool.tasks_for(PRESETS["smoke"][1])[:8]
+
+    def rows(verdict: bool) -> pool.Pool:
+        made = {}
+        for t in tasks:
+            grade = {"gt_correct": verdict}
+            made[t.problem.id, t.mode] = [
+                {"completion": "hacks", "grade": grade | {"channel": True, "attempted": True}},
+                {"completion": "does not", "grade": grade | {"channel": False, "attempted": False}},
+            ]
+        return pool.Pool(made)
+
+    assert pairs.from_pool(rows(True), tasks) == pairs.from_pool(rows(False), tasks)
+    assert len(pairs.from_pool(rows(True), tasks)) == 8
+
+
+@pytest.mark.parametrize("module", BLIND)
+def test_the_modules_that_make_gradients_do_not_name_the_verdict(module):
+    tree = ast.parse((Path(projected_grpo.__file__).parent / f"{module}.py").read_text())
+    named = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    named |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    named |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert not named & VERDICTS
+
+
+def test_the_poison_works():
+    with pytest.raises(AssertionError, match="gt_correct"):
+        _ = BlindGrader().grade([None])[0].gt_correct
