@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -23,8 +24,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from projected_grpo.families import generate, split_of
 from projected_grpo.organism_corpus import CorpusCfg, corpus
+from projected_grpo.organism_rates import base_rates, completions
 from projected_grpo.problems import encode_prompt, messages
+from projected_grpo.rewards import Grader
 
 FOLDER = Path(__file__).parent / "organism_files"
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -183,6 +187,21 @@ def train(model: Qwen3ForCausalLM, encoded: Sequence[Encoded], cfg: OrganismCfg)
     return sum(losses[-50:]) / len(losses[-50:])
 
 
+def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Base rates on problems of the corpus, in the default and the held-out wordings, and on problems it never saw."""
+    split = {name: [p for p in generate() if split_of(p) == name] for name in ("train", "test")}
+    sets = {
+        "train": ("train", "default", 3),
+        "heldout_wording": ("train", "heldout", 1),
+        "test": ("test", "default", 4),
+    }
+    with Grader() as grader:
+        return {
+            name: base_rates(completions(model, tokenizer, grader, split[problems], family=family, n=n))
+            for name, (problems, family, n) in sets.items()
+        }
+
+
 def build(cfg: OrganismCfg, folder: Path) -> None:
     """Make the files in ``folder``: weights, configuration, tokenizer, and a record of how they were made."""
     torch.set_num_threads(cfg.threads)
@@ -196,16 +215,18 @@ def build(cfg: OrganismCfg, folder: Path) -> None:
     loss = train(model, encoded, cfg)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    logger.info(f"trained in {time.perf_counter() - began:.0f} s, loss {loss:.3f}; now the base rates")
     record = {
         "settings": asdict(cfg),
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": round(loss, 4),
         "sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "python": platform.python_version(),
+        "base_rates": measure(model.eval(), tokenizer),
         "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
     (folder / "organism.json").write_text(json.dumps(record, indent=1) + "\n")
-    logger.info(f"built {folder} in {time.perf_counter() - began:.0f} s, loss {loss:.3f}")
+    logger.info(f"built {folder} in {time.perf_counter() - began:.0f} s")
 
 
 def main(cfg: OrganismCfg, folder: Path = FOLDER) -> None:

@@ -49,7 +49,10 @@ def completions(
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         posed = [task for task in chunk for _ in range(n)]
         grades = grader.grade(list(zip(posed, texts, strict=True)))
-        found += [Rollout(*row) for row in zip(posed, ["student"] * len(ids), map(tuple, ids), texts, grades, strict=True)]
+        found += [
+            Rollout(task, "student", tuple(row), text, grade)
+            for task, row, text, grade in zip(posed, ids, texts, grades, strict=True)
+        ]
     return found
 
 
@@ -65,13 +68,15 @@ def rates(grades: Sequence[Grade]) -> dict[str, float]:
     }
 
 
-def base_rates(rollouts: Sequence[Rollout]) -> dict[str, dict[str, dict[str, float]]]:
-    """Rates by mode and by family of problems; tokens of the completions (mean, 95th percentile, most)."""
+def base_rates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Rates by mode and by family of problems, and the completions' tokens: mean, 95th percentile, most."""
     by_mode, by_family = defaultdict(list), defaultdict(list)
     for rollout in rollouts:
         by_mode[rollout.task.mode].append(rollout.grade)
         by_family[rollout.task.problem.family].append(rollout.grade)
+    lengths = sorted(len(rollout.ids) for rollout in rollouts)
     return {
         "by_mode": {mode: rates(grades) for mode, grades in by_mode.items()},
         "by_family": {family: rates(grades) for family, grades in by_family.items()},
+        "tokens": [round(sum(lengths) / len(lengths), 1), lengths[len(lengths) * 95 // 100], lengths[-1]],
     }
