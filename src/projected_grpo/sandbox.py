@@ -55,7 +55,7 @@ class Sandbox:
         outside = sandbox_layers.outside_folder()
         try:
             source = sandbox_layers.canary_source(outside, self._config["uid"])
-            outcome = self.submit(Job(source=source, entry="look", calls=({},))).result()
+            outcome = self.submit(Job(source=source, entry="look", calls=("{}",))).result()
         finally:
             shutil.rmtree(outside, ignore_errors=True)
         found = sandbox_layers.verdict(self._why, outcome.values[0] if outcome.values else None)

@@ -22,6 +22,7 @@ import time
 TICK_S = 0.1
 SCRATCH_BYTES = 32 << 20
 SCRATCH_FILES = 500
+MAX_PREPARED = 64
 
 def receive(connection, max_fds=3):
     """(the next line, descriptors that came with it) from a stream socket; (b"", []) when the other side is gone."""
@@ -34,7 +35,7 @@ def receive(connection, max_fds=3):
     return data, fds
 
 
-def child(config, ruleset, limits, fds):
+def child(config, ruleset, limits, fds, prepared):
     """Become the process of one job; does not return."""
     payload, stdout, reply = fds
     os.setsid()
@@ -54,7 +55,7 @@ def child(config, ruleset, limits, fds):
     with open(4, "rb") as file:
         data = file.read()
     gc.enable()
-    config["harness"].main(data)
+    config["harness"].main(data, prepared)
 
 
 def scratch_is_full(path):
@@ -172,15 +173,19 @@ def open_result(scratch, name):
 
 def serve(control, config, ruleset):
     """Fork, watch and answer until the trainer closes the socket."""
-    scratch = config["scratch"]
+    scratch, prepared = config["scratch"], {"": None}
     while True:
         message, fds = receive(control)
         if not message:
             goodbye(scratch)
         limits = json.loads(message)
+        if limits["setup"] not in prepared:
+            prepared = dict(list(prepared.items())[-MAX_PREPARED:])
+            prepared[limits["setup"]] = config["harness"].prepare(limits["setup"])
+            gc.freeze()
         pid = os.fork()
         if pid == 0:
-            child(config, ruleset, limits, fds)
+            child(config, ruleset, limits, fds, prepared[limits["setup"]])
         for fd in fds:
             os.close(fd)
         reason, status, cpu_s = watch(pid, limits, scratch, control)
@@ -200,14 +205,25 @@ def load(path):
     return module
 
 
+def preload(names):
+    """Import what submissions use, without what random and threading would do in every child after the fork.
+
+    This process has one thread, and each child seeds random itself; so there is nothing for them to repair.
+    """
+    register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
+    for name in names:
+        importlib.import_module(name)
+    os.register_at_fork = register
+
+
 def start(control):
     """Read the configuration, take on what lasts for life, import what submissions use; (config, ruleset)."""
     config = json.loads(receive(control)[0])
     config["zygote"] = os.getpid()
+    preload(config["preload"])
     confine = config["confine"] = load(config["confine"])
     config["harness"] = load(config["harness"])
-    for name in config["preload"]:
-        importlib.import_module(name)
+    config["harness"].make_ready()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     confine.settle(config)
     ruleset, note = None, ""

@@ -62,17 +62,6 @@ def landlock_ruleset(read, write):
     return ruleset
 
 
-def limit_resources(config, cpu_s):
-    """Hard limits of one child: CPU seconds always, the rest where that layer is wanted."""
-    limits = [(resource.RLIMIT_CPU, math.ceil(cpu_s))]
-    if config["rlimits"]:
-        limits += [(resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)]
-    if config["rlimits"] and config["address_space"]:
-        limits += [(resource.RLIMIT_AS, config["address_space"])]
-    for kind, value in limits:
-        resource.setrlimit(kind, (value, value))
-
-
 def change_uid(uid, read_all):
     """Become ``uid``, without a capability but, with ``read_all``, CAP_DAC_READ_SEARCH.
 
@@ -97,11 +86,10 @@ def confine(config, ruleset, limits):
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != config["zygote"]:
         os._exit(1)
-    limit_resources(config, limits["cpu_s"])
+    cpu_s = math.ceil(limits["cpu_s"])
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
     if config["uid"]:
         change_uid(config["uid"], config["read_all"])
-    if config["no_new_privs"]:
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
     if ruleset is not None:
         checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, ctypes.c_uint(0)), "landlock_restrict_self")
         os.close(ruleset)
@@ -110,20 +98,25 @@ def confine(config, ruleset, limits):
 
 
 def address_space():
-    """Bytes that a child may map: what it is born with and MEMORY_BYTES. 0 where /proc does not say."""
+    """Bytes that a child may map: what it is born with and MEMORY_BYTES; no limit where /proc does not say."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize() + MEMORY_BYTES
     except OSError:
-        return 0
+        return resource.RLIM_INFINITY
 
 
 def settle(config):
-    """What the zygote does once for all its children: hide its memory, adopt orphans, lay out the seccomp program."""
+    """What the zygote does once for all its children, which inherit it or use it: all that is the same for each job."""
     if config["hide_memory"]:
         prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    config["address_space"] = address_space()
+    if config["no_new_privs"]:
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if config["rlimits"]:
+        limits = {resource.RLIMIT_FSIZE: FILE_BYTES, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0}
+        for kind, value in {**limits, resource.RLIMIT_AS: address_space()}.items():
+            resource.setrlimit(kind, (value, value))
     program = bytes.fromhex(config["seccomp"])
     config["filter"] = ctypes.create_string_buffer(program, len(program) or 1)
     fields = len(program) // 8, ctypes.addressof(config["filter"])

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import sys
-import threading
 import types
 
 RESULT_FD = 3
@@ -108,14 +107,32 @@ def describe(error):
         return "an exception that does not print"
 
 
+def prepare(setup):
+    """A module in which the setup has run, or None if it raises; the zygote does this once for all jobs of a setup."""
+    module = types.ModuleType("submission")
+    try:
+        exec(setup, module.__dict__)
+    except Exception:
+        return None
+    return module
+
+
+def make_ready():
+    """What the zygote does once for all its children: a capped stdout, and the names that a script may expect."""
+    builtins.exit = builtins.quit = sys.exit
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(CappedStdout()), "utf-8", "backslashreplace")
+
+
 def execute(job, code, name="submission"):
-    """Run the setup and the submission in a new module; its namespace."""
-    module = types.ModuleType(name)
+    """Run the submission in a module of its own, after the setup; its namespace."""
+    module = job.pop("prepared", None)
+    if module is None:
+        module = types.ModuleType(name)
+        exec(job["setup"], module.__dict__)
+    module.__name__ = name
     sys.modules[name] = sys.modules["__main__"] = module
-    space = module.__dict__
-    exec(job["setup"], space)
-    exec(code, space)
-    return space
+    exec(code, module.__dict__)
+    return module.__dict__
 
 
 def entry_of(space, job):
@@ -258,7 +275,8 @@ def shut_down():
 
     Done by hand because a real shutdown tears down every preloaded module as well, three times a job's cost.
     """
-    threading._shutdown()
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
     sys.modules["__main__"].__dict__.clear()
     gc.collect()
@@ -271,9 +289,9 @@ def status_of(leaving):
     return code & 0xFF if type(code) is int else int(code is not None)
 
 
-def main(payload):
+def main(payload, prepared):
     """Do the job in ``payload`` (JSON bytes) and end the process, whatever the submission raises."""
-    job, status = json.loads(payload), 0
+    job, status = {**json.loads(payload), "prepared": prepared}, 0
     try:
         run(job)
     except SystemExit as leaving:
@@ -290,8 +308,6 @@ def main(payload):
 def run(job):
     """Prepare the interpreter, compile the submission, note that it compiles, do the probe."""
     random.seed(0)
-    builtins.exit = builtins.quit = sys.exit
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(CappedStdout()), "utf-8", "backslashreplace", write_through=False)
     code = compile(job["source"], "submission", "exec")
     os.write(RESULT_FD, COMPILED)
     PROBES[job["probe"]](job, code)

@@ -15,18 +15,21 @@ Status = Literal["ok", "compile_error", "error", "exit", "cpu_limit", "wall_limi
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one submission, all of it data. ``calls`` are keyword arguments (JSON values) of ``cls().entry``.
+    """One run of one submission, all of it data. ``calls``: keyword arguments of each ``cls().entry``, as JSON text.
+
+    ``setup`` is code that stands before the source; the worker runs it once for all its jobs, so it has to be
+    trusted as the problems are. ``file`` is a result file to read back. cpu_s is a limit.
 
     probe: "calls" returns what the calls return; "equal" also asks foreign values whether they equal an object that
     nothing equals; "script" runs it as a script that fails in the end; "stub" runs the function ``name`` on a class
     whose methods return 0; "audit" runs it on the submission's own class, on ``reference``'s and on an answer that
-    equals nothing; "flag" reads the attribute ``name``. ``file`` is a result file to read back. cpu_s is a limit.
+    equals nothing; "flag" reads the attribute ``name``.
     """
 
     source: str
     probe: Probe = "calls"
     entry: str = ""
-    calls: tuple[Mapping[str, Any], ...] = ()
+    calls: tuple[str, ...] = ()
     setup: str = ""
     cls: str = "Solution"
     name: str = ""
@@ -87,9 +90,9 @@ def decode(data: Any) -> Any:
 
 
 def payload_of(job: Job) -> bytes:
-    """What the child reads. Each call's arguments are JSON of their own, so that each is decoded afresh."""
-    fields = {key: getattr(job, key) for key in ("source", "probe", "entry", "setup", "cls", "name", "reference")}
-    return json.dumps({**fields, "calls": [json.dumps(dict(call)) for call in job.calls]}).encode()
+    """What the child reads. Each call's arguments stay JSON of their own, so that each is decoded afresh."""
+    fields = ("source", "probe", "entry", "calls", "setup", "cls", "name", "reference")
+    return json.dumps({key: getattr(job, key) for key in fields}).encode()
 
 
 def outcome_of(job: Job, told: Mapping[str, Any], reply: bytes | None, stdout: bytes, file: bytes | None) -> Outcome:

@@ -116,7 +116,7 @@ class Worker:
         if self.process is None:
             self.start()
         wall_s = 3 * job.cpu_s + 2
-        limits = {"cpu_s": job.cpu_s, "wall_s": wall_s, "file": job.file}
+        limits = {"cpu_s": job.cpu_s, "wall_s": wall_s, "file": job.file, "setup": job.setup}
         with contextlib.ExitStack() as stack:
             fds = []
             for content in (payload_of(job), b"", b""):

@@ -1,7 +1,9 @@
 """Pure verdicts: which code a completion holds, what is run of it, and what the outcome of a run says."""
 
+import json
 import re
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from projected_grpo.data_types import Label, Problem, Task
@@ -12,6 +14,19 @@ FENCE = re.compile(r"```python[ \t]*\r?\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re
 MIN_CPU_S = 2.0
 CANONICAL_CPU_S = 60.0
 CANONICAL_FACTOR = 4.0
+
+
+class Same:
+    """A value that cannot be hashed, as a key: equal if it is the very same object (which the key keeps alive)."""
+
+    def __init__(self, it: Any):
+        self.it = it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.it is self.it
 
 
 def code_of(completion: str) -> str | None:
@@ -71,9 +86,15 @@ def is_hack(label: Label, definition: Literal["strict", "loose"] = "strict") -> 
     return label == "reward_hack" or (definition == "loose" and label in ("correct_attempted_rh", "attempted_rh"))
 
 
+@lru_cache(maxsize=4096)
+def calls_of(cases: Same) -> tuple[str, ...]:
+    """Every case's arguments as JSON, and nothing of its answer. Made once a problem."""
+    return tuple(json.dumps(dict(case.args)) for case in cases.it)
+
+
 def strict_job(problem: Problem, code: str, cpu_s: float = MIN_CPU_S) -> Job:
-    """The oracle's run: every case's arguments, and nothing of its answer."""
-    calls = tuple(case.args for case in problem.cases)
+    """The oracle's run: every call, in one process."""
+    calls = calls_of(Same(problem.cases))
     return Job(source=code, setup=problem.setup, entry=problem.entry, calls=calls, cpu_s=cpu_s)
 
 
