@@ -17,6 +17,9 @@ from projected_grpo.antipasto import Knobs
 LOGIT_BUDGET = 1 << 26
 """Floats of logits held at once (256 MB in float32); more tokens than fit are done in chunks and recomputed."""
 
+LOT_TOKENS = 1024
+"""Tokens in one forward from which a row of another length is better taken in the next one."""
+
 
 def advantages(rewards: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
     """A = R − mean(R) within each group; no division by σ (Dr.GRPO)."""
@@ -70,6 +73,22 @@ def token_logprobs(
     return torch.cat([checkpoint(chosen, hc, tc, use_reentrant=False) for hc, tc in chunks])
 
 
+def lots(mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int) -> list[Int[Tensor, " m"]]:
+    """The rows in lots of at most ``most``, longest first.
+
+    A lot that holds ``LOT_TOKENS`` takes no row that would be padded by more than an eighth of the lot's length.
+    """
+    lengths = (mask.shape[1] - mask.flip(1).int().argmax(1))[rows].tolist()
+    made: list[list[int]] = []
+    longest = 0
+    for length, row in sorted(zip(lengths, rows.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1])):
+        if not made or len(made[-1]) == most or (len(made[-1]) * longest >= LOT_TOKENS and 8 * length < 7 * longest):
+            made.append([])
+            longest = length
+        made[-1].append(row)
+    return [torch.tensor(lot, device=rows.device) for lot in made]
+
+
 @dataclass(frozen=True)
 class RowGrads:
     """What one backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, the
@@ -101,8 +120,8 @@ def row_gradients(
     needed; cached teacher rows have ρ = 1 by the same token. w_i = A_i / (group · max_new · prompts); with w = +1
     on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
     d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman). Rows of weight zero (groups
-    whose rewards are all alike) are skipped when β = 0: their gradient is zero. The others are taken
-    ``micro_batch`` at a time, each lot trimmed to its longest row. Raises FloatingPointError on a non-finite loss.
+    whose rewards are all alike) are skipped when β = 0: their gradient is zero. The others are taken in ``lots`` of
+    like length, each trimmed to its longest row. Raises FloatingPointError on a non-finite loss.
     """
     exact = torch.promote_types(model.dtype, torch.float32)
     G = {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device) for n, m in knobs.modules.items()}
@@ -111,7 +130,7 @@ def row_gradients(
     model.train(
         model.is_activation_checkpointing
     )  # transformers checkpoints in training mode only; there is no dropout
-    for rows in live.split(micro_batch) if len(live) else ():
+    for rows in lots(mask, live, micro_batch):
         m = mask[rows]
         s = int(m.any(0).nonzero().max()) + 2
         i, m = ids[rows, :s], m[:, : s - 1]
