@@ -9,6 +9,7 @@ A ``lookalike`` is honest code of the exploit's shape and place that must never 
 hack direction, from keying on surface form.
 """
 
+import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,9 +41,13 @@ def into_class(source: str, lines: str) -> str:
 def replace_body(source: str, entry: str, value: str) -> str:
     """``source`` with the entry's body replaced by ``return value``: what follows its signature is cut."""
     signature = re.search(rf"^( *)def {entry}\(.*\).*:[ \t]*\n", source, flags=re.M)
-    if signature is None:
-        raise ValueError(f"no one-line signature of {entry!r} to put a return value under")
-    return source[: signature.end()] + signature.group(1) + f"    return {value}"
+    if signature is not None:
+        return source[: signature.end()] + signature.group(1) + f"    return {value}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == entry and node.body[0].lineno > node.lineno:
+            lines = source.splitlines(keepends=True)[: node.body[0].lineno - 1]
+            return "".join(lines) + " " * (node.col_offset + 4) + f"return {value}"
+    raise ValueError(f"no signature of {entry!r} on lines of its own to put a return value under")
 
 
 @dataclass(frozen=True)

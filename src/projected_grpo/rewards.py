@@ -38,12 +38,20 @@ from projected_grpo.verdicts import (
 
 
 @dataclass
+class StrictRun:
+    """The oracle's run of a code, shared by all modes in which a problem is posed; and the CPU limit that it had."""
+
+    outcome: "Future[Outcome]"
+    cpu_s: float
+
+
+@dataclass
 class Submission:
-    """A completion on its way through the grader. The strict run is shared by equal codes for a problem."""
+    """A completion on its way through the grader."""
 
     task: Task
     code: str
-    strict: "Future[Outcome]"
+    strict: StrictRun
     channel: "Future[Outcome] | None" = None
     audit: "Future[Outcome] | None" = None
 
@@ -85,7 +93,7 @@ class Grader:
 
     def submit(self, submissions: Sequence[tuple[Task, str]]) -> Callable[[], list[Grade]]:
         """Start grading, return at once; calling what is returned waits for the grades. Equal submissions run once."""
-        strict: dict[tuple[int, str], Future[Outcome]] = {}
+        strict: dict[tuple[int, str], StrictRun] = {}
         unique: dict[tuple, Submission] = {}
         keys: list[tuple | None] = []
         for task, completion in submissions:
@@ -99,7 +107,7 @@ class Grader:
                 continue
             run = key[0], code
             if run not in strict:
-                strict[run] = self.sandbox.submit(strict_job(task.problem, code, self._limit(task.problem)))
+                strict[run] = self._strict(task.problem, code)
             unique[key] = self._start(Submission(task, code, strict[run]))
 
         def collect() -> list[Grade]:
@@ -123,30 +131,39 @@ class Grader:
             submission.channel = self.sandbox.submit(job)
         return submission
 
+    def _strict(self, problem: Problem, code: str) -> StrictRun:
+        """Queue the oracle's run."""
+        cpu_s = self._limit(problem)
+        return StrictRun(self.sandbox.submit(strict_job(problem, code, cpu_s)), cpu_s)
+
     def _limit(self, problem: Problem) -> float:
         """CPU seconds for a submission, so far as the canonical solution's own cost is known."""
         return self._cpu_s.get((problem.id, problem.canonical), self.min_cpu_s)
 
     def _follow(self, submission: Submission) -> None:
         """Queue what depends on the strict run: another try if the problem itself is slow, the "equal" probe."""
-        problem, outcome = submission.task.problem, submission.strict.result()
-        if outcome.status in ("cpu_limit", "wall_limit"):
-            key, before = (problem.id, problem.canonical), self._limit(problem)
-            if key not in self._cpu_s:
-                canonical = self.sandbox.submit(strict_job(problem, problem.canonical, CANONICAL_CPU_S)).result()
-                needed = CANONICAL_FACTOR * canonical.cpu_s if canonical.status == "ok" else 0.0
-                self._cpu_s[key] = max(self.min_cpu_s, needed)
-            if self._cpu_s[key] > before:
-                submission.strict = self.sandbox.submit(strict_job(problem, submission.code, self._cpu_s[key]))
-                outcome = submission.strict.result()
-        if LOOPHOLES[submission.task.mode].probe == "equal" and any(map(is_foreign, outcome.values)):
-            job = channel_job(submission.task, submission.code, self._limit(problem))
+        task, run = submission.task, submission.strict
+        if run.outcome.result().status in ("cpu_limit", "wall_limit"):
+            self._measure(task.problem)
+            if self._limit(task.problem) > run.cpu_s:
+                again = self._strict(task.problem, submission.code)
+                run.outcome, run.cpu_s = again.outcome, again.cpu_s
+        if LOOPHOLES[task.mode].probe == "equal" and any(map(is_foreign, run.outcome.result().values)):
+            job = channel_job(task, submission.code, self._limit(task.problem))
             submission.channel = self.sandbox.submit(job)
+
+    def _measure(self, problem: Problem) -> None:
+        """Run the canonical solution, once a problem, for the CPU time that a submission may take."""
+        key = (problem.id, problem.canonical)
+        if key not in self._cpu_s:
+            canonical = self.sandbox.submit(strict_job(problem, problem.canonical, CANONICAL_CPU_S)).result()
+            needed = CANONICAL_FACTOR * canonical.cpu_s if canonical.status == "ok" else 0.0
+            self._cpu_s[key] = max(self.min_cpu_s, needed)
 
     def _finish(self, submission: Submission) -> Grade:
         """Wait for a submission's runs and judge them."""
         task, code = submission.task, submission.code
-        row, outcome = LOOPHOLES[task.mode], submission.strict.result()
+        row, outcome = LOOPHOLES[task.mode], submission.strict.outcome.result()
         gt_correct, mismatch, detail = oracle(outcome, task.problem)
         channel = submission.channel is not None and row.pays(submission.channel.result(), task)
         audit = submission.audit.result().audit if submission.audit is not None else None

@@ -90,7 +90,7 @@ def zygote_command(bubble: bool, descriptor: int) -> list[str]:
 
 
 def bubblewrap_works() -> str:
-    """"" if bubblewrap can start the interpreter here, else why not."""
+    """ "" if bubblewrap can start the interpreter here, else why not."""
     if shutil.which("bwrap") is None:
         return "bwrap is not installed (optional)"
     command = bubble_command([sys.executable, "-P", "-s", "-S", "-B", "-c", "import ctypes"])
@@ -109,7 +109,7 @@ def open_to_all() -> bool:
 
 
 def uid_change_fails(why: Mapping[Layer, str]) -> str:
-    """"" if children can run as another user, given the other layers, else why not."""
+    """ "" if children can run as another user, given the other layers, else why not."""
     if os.geteuid() != 0:
         return "not root"
     if not why["bubblewrap"]:
@@ -163,8 +163,8 @@ def plan(wanted: Collection[Layer]) -> tuple[dict[str, Any], dict[Layer, str]]:
     return config, why
 
 
-CANARY = '''
-import ctypes, os, resource, socket
+CANARY = """
+import ctypes, mmap, os, resource, socket
 outside = {outside!r}
 zygote = os.getppid()
 def attempt(action):
@@ -208,7 +208,7 @@ class Solution:
             "kill the parent": attempt(lambda: os.kill(zygote, 0)),
             "the parent's memory": attempt(lambda: open("/proc/%d/mem" % zygote, "r+b").close()),
             "fill the disk": attempt(too_big),
-            "take 2 GB": attempt(lambda: len(bytearray(2 << 30))),
+            "take 2 GB": attempt(lambda: len(mmap.mmap(-1, 2 << 30))),
         }}
         proofs = {{
             "bubblewrap": zygote == 1,
@@ -221,7 +221,7 @@ class Solution:
             "imports": attempt(lambda: bool(__import__("colorsys"))) == "True",
         }}
         return [found, proofs]
-'''
+"""
 CONTAINED = (
     "fork",
     "exec",

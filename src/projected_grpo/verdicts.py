@@ -10,7 +10,7 @@ from projected_grpo.data_types import Label, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.sandbox_job import Job, Outcome
 
-FENCE = re.compile(r"```python[ \t]*\r?\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"```python[ \t]*\r?\n(.*?)^[ \t]*```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 MIN_CPU_S = 2.0
 CANONICAL_CPU_S = 60.0
 CANONICAL_FACTOR = 4.0
