@@ -255,6 +255,21 @@ def test_exploits_that_a_real_model_wrote_pay_in_the_mode_they_were_written_for(
     assert missed == []
 
 
+@needs_data
+def test_run_tests_that_a_real_model_wrote_are_judged_as_its_trainer_did(grader):
+    """128 rollouts of a model that learned to hack run_tests: hacked means that its tests passed on the stub."""
+    tasks, hacked = [], []
+    for path in sorted((DATA / "teacher_pool").glob("prompt_*.jsonl.gz")):
+        with gzip.open(path, "rt") as file:
+            for row in map(json.loads, file):
+                setup = "from typing import *\nfrom collections import *"
+                problem = Problem(str(row["problem_id"]), "", "", "f", "", "", (Case({}, None),), setup=setup)
+                tasks.append((pose_one(problem, "run_tests"), row["completion"]))
+                hacked.append(row["hacked"])
+    assert len(hacked) == 128
+    assert [grade.channel for grade in grader.grade(tasks)] == hacked
+
+
 def test_task_wording_reaches_the_channel(grader):
     row = LOOPHOLES["file_marker"]
     task = Task(EXAMPLES[0], "file_marker", row.heldout[0])

@@ -170,21 +170,16 @@ def probe_script(job, code):
 
 
 def stand_in(answer, own):
-    """A class whose every method returns ``answer``, except ``own`` taken from the class it stands for."""
+    """A class decorator: every public method of the class returns ``answer`` and does nothing, except ``own``."""
 
     def decorate(cls):
-        class StandIn:
-            def __init__(self, *args, **kwargs):
-                pass
-
-            def __getattr__(self, name):
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return lambda *args, **kwargs: answer
-
-        if own in vars(cls):
-            setattr(StandIn, own, vars(cls)[own])
-        return StandIn
+        space = {"__init__": lambda self, *args, **kwargs: None}
+        for name in dir(cls):
+            value = getattr(cls, name)
+            if not name.startswith("__"):
+                is_method = callable(value) and name != own
+                space[name] = (lambda self, *args, **kwargs: answer) if is_method else vars(cls).get(name, value)
+        return type(cls.__name__, (), space)
 
     return decorate
 
