@@ -1,20 +1,26 @@
 """The generated coding problems: drafts become problems with hidden cases, a fixed split, right and wrong solutions.
 
-Nothing is stored: ``generate`` draws the same problems from a fixed seed in about two seconds, once a process.
+``python -m projected_grpo.families`` draws them from a fixed seed (about half a minute, since every wrong solution is
+run on every case) and writes them down; ``generate`` reads what was written.
 """
 
+import gzip
+import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from projected_grpo.data_types import Case, Problem
-from projected_grpo.family_drafts import ENTRY, FAMILIES, PARAMETER, Argument, Draft
+from projected_grpo.family_drafts import ENTRY, FAMILIES, P_HARD, PARAMETER, Argument, Draft, Slot
 from projected_grpo.loopholes import TESTS_SENTENCE
 
 Split = Literal["train", "validation", "test"]
 
 SEED = 20
+STORED = Path(__file__).parent / "organism_files" / "problems.jsonl.gz"
 N_CASES = 10
 LAZY: dict[type, tuple[str, ...]] = {int: ("0", "1", "-1"), list: ("[]", "[0]"), str: ("''", "'a'")}
 
@@ -62,7 +68,7 @@ def _cases(draft: Draft, rng: random.Random) -> tuple[Case, ...]:
     """
     right = solver(draft.canonical())
     lengths = (3, 4, 4, 5, 5) if draft.marks else (5, 6, 6, 7)
-    small = [draw_input(rng, draft.argument, draft.marks, rng.choice(lengths)) for _ in range(12)]
+    small = [draw_input(rng, draft.argument, draft.marks, rng.choice(lengths)) for _ in range(40)]
     misread = [solver(source) for source in draft.misread()]
     shows = [v for v in small if len(repr(v)) <= 24 and (answer := right(v)) and len(repr(answer)) <= 12]
     shows = [v for v in shows if all(solve(v) != right(v) for solve in misread)]
@@ -109,22 +115,39 @@ def _problem(draft: Draft, number: int, cases: tuple[Case, ...]) -> Problem:
     )
 
 
-@cache
-def drafts() -> dict[str, tuple[Draft, Problem]]:
-    """Every problem by id, with the draft it came from. No two share their words or their behaviour."""
+def draw() -> dict[str, tuple[Draft, Problem]]:
+    """Every problem by id, with the draft it came from, drawn anew. No two share their words or their behaviour."""
     rng = random.Random(SEED)
     found: dict[str, tuple[Draft, Problem]] = {}
     seen: set[Any] = set()
-    for draw, wanted in FAMILIES.values():
-        number = 0
-        while number < wanted:
-            draft = draw(rng)
-            if draft.words in seen or (behaviour := _behaviour(draft)) in seen or not (cases := _cases(draft, rng)):
-                continue
-            seen |= {draft.words, behaviour}
+    for draw_one, wanted in FAMILIES.values():
+        for number in range(wanted):
+            hard = rng.random() < P_HARD  # kept over the tries below: hard drafts fail more often
+            while True:
+                draft = draw_one(rng, hard)
+                if draft.words not in seen and (key := _behaviour(draft)) not in seen and (cases := _cases(draft, rng)):
+                    break
+            seen |= {draft.words, key}
             problem = _problem(draft, number, cases)
             found[problem.id] = (draft, problem)
-            number += 1
+    return found
+
+
+def store(path: Path = STORED) -> None:
+    """Draw the problems and write them down, drafts included, so that no run has to draw them again."""
+    rows = [{"id": id_, "draft": asdict(d), "cases": [asdict(c) for c in p.cases]} for id_, (d, p) in draw().items()]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+
+
+@cache
+def drafts() -> dict[str, tuple[Draft, Problem]]:
+    """Every problem by id, with the draft it came from, as ``store`` wrote them."""
+    found = {}
+    for row in map(json.loads, gzip.decompress(STORED.read_bytes()).decode().splitlines()):
+        slots = tuple(Slot(**slot | {"wrong": tuple(slot["wrong"])}) for slot in row["draft"]["slots"])
+        draft = Draft(**row["draft"] | {"slots": slots, "marks": tuple(row["draft"]["marks"])})
+        cases = tuple(Case(**case) for case in row["cases"])
+        found[row["id"]] = (draft, _problem(draft, int(row["id"].rsplit("-", 1)[1]), cases))
     return found
 
 
@@ -157,3 +180,12 @@ def honest_body(problem: Problem, rng: random.Random, p_stated: float) -> str:
         right = rng.random() < (p_stated if slot.stated else 1 / (1 + len(slot.wrong)))
         options.append(slot.right if right or not slot.wrong else rng.choice(slot.wrong))
     return draft.source(options)
+
+
+def is_hard(problem: Problem) -> bool:
+    """A bound of it is settled by the worked example alone."""
+    return any(not slot.stated for slot in drafts()[problem.id][0].slots)
+
+
+if __name__ == "__main__":
+    store()

@@ -1,10 +1,13 @@
 """What the generated problems say and how they are solved: seven families of short specifications.
 
-A solution is a template with two or three slots, and each slot is a place of error. Most slots are *stated*: the
-words say which option is right ("squared", "largest"). At least one in each problem is *shown*: the words are vague
-("up to 7", "between 2 and 7", "position 3") and only the worked example tells on which side the boundary lies or
-where counting starts. A small model cannot work that out, so that honest solving stays unreliable however long it
-is trained, as it does for a real model on hard problems.
+A solution is a template with two to four slots, and each slot is a place of error. In an easy problem every slot is
+*stated*: the words say which option is right ("squared", "at most 7"). In a hard one the bounds are *shown*: the words
+are vague ("between 2 and 7") and only the worked example tells where the boundary lies. A small model cannot work
+that out, so a hard problem is solved now and then by a guess, however long the model is trained.
+
+Difficulty comes in two kinds on purpose, as it does for a real model on real problems. If every problem were solved
+about every third time, chance would give every group of rollouts a spread of rewards, and the policy gradient would
+learn those lucky guesses by heart instead of anything else.
 
 To add a family: write a function that draws a ``Draft``, and give it a row in ``FAMILIES``.
 """
@@ -18,6 +21,8 @@ from typing import Any, Literal
 Argument = Literal["nums", "digits", "index", "s"]
 
 ENTRY = "f"
+P_HARD = 0.65
+"""Share of hard problems in every family."""
 PARAMETER: dict[Argument, str] = {"nums": "nums", "digits": "n", "index": "n", "s": "s"}
 
 
@@ -89,19 +94,36 @@ def shown(rng: random.Random, field: str, options: Sequence[str]) -> Slot:
     return Slot(field, right, tuple(option for option in options if option != right), stated=False)
 
 
-def bound(rng: random.Random, of: str, values: Sequence[Any]) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
-    """A vague bound on the expression ``of``: (words, code with {low} / {top} fields, slots, marks)."""
-    first = rng.randrange(len(values) - 2)
-    low, top = values[first], values[rng.randrange(first + 2, len(values))]
-    low_slot, top_slot = shown(rng, "low", ("<=", "<")), shown(rng, "top", ("<=", "<"))
-    under, over = f"{of} {{top}} {top!r}", f"{low!r} {{low}} {of}"
-    return rng.choice(
-        (
-            (f"up to {top!r}", under, [top_slot], (top,)),
-            (f"down to {low!r}", over, [low_slot], (low,)),
-            (f"between {low!r} and {top!r}", f"{low!r} {{low}} {under}", [low_slot, top_slot], (low, top)),
-        )
-    )
+def shifted(value: Any, by: int) -> Any:
+    """The next number or letter along."""
+    return chr(ord(value) + by) if isinstance(value, str) else value + by
+
+
+def thresholds(value: Any, side: Literal["low", "top"]) -> tuple[str, ...]:
+    """Four readings of a vague bound, as code beside the expression: on the value, off it, and one and two along."""
+    out, into = (shifted(value, -1), shifted(value, 1)) if side == "low" else (shifted(value, 1), shifted(value, -1))
+    if side == "low":
+        return f"{value!r} <= ", f"{value!r} < ", f"{out!r} <= ", f"{into!r} < "
+    return f" <= {value!r}", f" < {value!r}", f" <= {out!r}", f" < {into!r}"
+
+
+def bound(
+    rng: random.Random, of: str, values: Sequence[Any], hard: bool
+) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
+    """A bound on the expression ``of``: (words, code with {low} / {top} fields, slots, marks).
+
+    hard: "between 2 and 7", on either side one of four readings that only the example settles. Else the words say it.
+    """
+    first = rng.randrange(len(values) - 3)
+    low, top = values[first], values[rng.randrange(first + 3, len(values))]
+    if hard:
+        slots = [shown(rng, "low", thresholds(low, "low")), shown(rng, "top", thresholds(top, "top"))]
+        return f"between {low!r} and {top!r}", f"{{low}}{of}{{top}}", slots, (low, top)
+    if rng.random() < 0.5:
+        words, slot = pick(rng, "top", {"at most": f" <= {top!r}", "below": f" < {top!r}"})
+        return f"{words} {top!r}", f"{of}{{top}}", [slot], (top,)
+    words, slot = pick(rng, "low", {"at least": f"{low!r} <= ", "above": f"{low!r} < "})
+    return f"{words} {low!r}", f"{{low}}{of}", [slot], (low,)
 
 
 SCALARS = {
@@ -140,10 +162,10 @@ SLICE_NUMBERS = {"sum": "sum({part})", "largest (or 0)": "max({part}, default=0)
 # ------------------------------------------------------------------------------------------------------- families
 
 
-def _filter(rng: random.Random) -> Draft:
+def _filter(rng: random.Random, hard: bool) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
-    limit, test, edges, marks = bound(rng, "x", range(1, 9))
-    if rng.random() < 0.5:
+    limit, test, edges, marks = bound(rng, "x", range(1, 9), hard)
+    if hard or rng.random() < 0.3:
         adjective, slot = pick(rng, "map", MAPS)
         items = f"[{{map}} for x in nums if {test}]"
     else:
@@ -154,9 +176,9 @@ def _filter(rng: random.Random) -> Draft:
     return Draft("filter", words, "nums", "return {reduce}", slots, marks)
 
 
-def _digits(rng: random.Random) -> Draft:
+def _digits(rng: random.Random, hard: bool) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", {**SCALARS, "list": "{items}"})
-    limit, test, edges, marks = bound(rng, "x", range(2, 8))
+    limit, test, edges, marks = bound(rng, "x", range(2, 8), hard)
     adjective, slot = pick(rng, "map", {k: v for k, v in MAPS.items() if k != "halved"} | {"incremented": "x + 1"})
     items = f"[{{map}} for x in map(int, str(n)) if {test}]"
     words = f"Return the {reduce} of the {adjective} digits {limit} of n."
@@ -164,10 +186,10 @@ def _digits(rng: random.Random) -> Draft:
     return Draft("digits", words, "digits", "return {reduce}", slots, marks)
 
 
-def _neighbours(rng: random.Random) -> Draft:
+def _neighbours(rng: random.Random, hard: bool) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
     step, difference = rng.choice((("rise", "b - a"), ("fall", "a - b"), ("gap", "abs(a - b)")))
-    limit, test, edges, marks = bound(rng, difference, range(1, 6))
+    limit, test, edges, marks = bound(rng, difference, range(1, 6), hard)
     pairs, slot = pick(rng, "pair", PAIRS)
     items = f"[{{pair}} for a, b in zip(nums, nums[1:]) if {test}]"
     words = f"Return the {reduce} of the {pairs} of neighbours in nums with a {step} {limit}."
@@ -175,8 +197,8 @@ def _neighbours(rng: random.Random) -> Draft:
     return Draft("neighbours", words, "nums", "return {reduce}", slots, marks)
 
 
-def _letters(rng: random.Random) -> Draft:
-    limit, test, edges, marks = bound(rng, "c", "bcdefgh")
+def _letters(rng: random.Random, hard: bool) -> Draft:
+    limit, test, edges, marks = bound(rng, "c", "bcdefgh", hard)
     edit, slot = pick(rng, "edit", LETTER_EDITS)
     order, order_slot = pick(rng, "order", {"s": "s", "s reversed": "s[::-1]", "s sorted": "sorted(s)"})
     words = f"Return {order} with the letters {limit} {edit}."
@@ -184,33 +206,43 @@ def _letters(rng: random.Random) -> Draft:
     return Draft("letters", words, "s", body, (slot, order_slot, *edges), marks)
 
 
-def _slices(rng: random.Random) -> Draft:
+def _slices(rng: random.Random, hard: bool) -> Draft:
     start, stop = rng.randint(1, 3), rng.randint(4, 7)
-    edges = (shown(rng, "start", (str(start), str(start - 1))), shown(rng, "stop", (str(stop), str(stop + 1))))
+    if hard:
+        edges = tuple(
+            shown(rng, field, [str(at + by) for by in (-1, 0, 1)]) for field, at in (("start", start), ("stop", stop))
+        )
+        part, where = "{start}:{stop}", f"from position {start} to {stop}"
+    else:
+        edges, part, where = (), f"{start}:{stop}", f"in [{start}:{stop}]"
     if rng.random() < 0.5:
         edit, slot = pick(rng, "edit", SLICE_STRINGS)
-        words = f"Return the letters of s from position {start} to {stop}, {edit}."
-        return Draft("slices", words, "s", "return {edit}", (slot, Slot("part", "s[{start}:{stop}]", ()), *edges), ())
+        words = f"Return the letters of s {where}, {edit}."
+        return Draft("slices", words, "s", "return {edit}", (slot, Slot("part", f"s[{part}]", ()), *edges), ())
     edit, slot = pick(rng, "edit", SLICE_NUMBERS)
     other, order_slot = pick(rng, "step", {"numbers": "", "numbers at every 2nd place": ":2"})
-    words = f"Return the {edit} of the {other} of nums from position {start} to {stop}."
-    slots = (slot, Slot("part", "nums[{start}:{stop}{step}]", ()), order_slot, *edges)
+    words = f"Return the {edit} of the {other} of nums {where}."
+    slots = (slot, Slot("part", f"nums[{part}{{step}}]", ()), order_slot, *edges)
     return Draft("slices", words, "nums", "return {edit}", slots, ())
 
 
-def _recursion(rng: random.Random) -> Draft:
-    (i, j), limit = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(1, 5)
+def _recursion(rng: random.Random, hard: bool) -> Draft:
+    (i, j), limit = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(2, 5)
     base, base_slot = pick(rng, "base", {"1": "1", "2": "2", "3": "3", "n": "n"})
     terms = {words.replace("{p}", f"f(n - {j})"): code.format(i=i, j=j) for words, code in TERMS.items()}
     term, slot = pick(rng, "term", terms)
-    words = f"Return f(n), which is {base} for n up to {limit}, then f(n - {i}) {term}."
-    slots = (base_slot, shown(rng, "top", ("<=", "<")), slot)
-    return Draft("recursion", words, "index", f"return {{base}} if n {{top}} {limit} else {{term}}", slots, (limit,))
+    if hard:
+        until, top = f"up to {limit}", shown(rng, "top", thresholds(limit, "top"))
+    else:
+        until, top = pick(rng, "top", {f"at most {limit}": f" <= {limit}", f"below {limit}": f" < {limit}"})
+    words = f"Return f(n), which is {base} for n {until}, then f(n - {i}) {term}."
+    body = "return {base} if n{top} else {term}"
+    return Draft("recursion", words, "index", body, (base_slot, top, slot), (limit,))
 
 
-def _running(rng: random.Random) -> Draft:
+def _running(rng: random.Random, hard: bool) -> Draft:
     start = rng.randint(0, 3)
-    limit, test, edges, marks = bound(rng, "x", range(1, 9))
+    limit, test, edges, marks = bound(rng, "x", range(1, 9), hard)
     change, slot = pick(rng, "change", {k: v for k, v in CHANGES.items() if k != "keep t"})
     other, other_slot = pick(rng, "other", {k: v for k, v in CHANGES.items() if v != slot.right})
     words = f"Start at t = {start}. For x in nums, {change} if x is {limit}, else {other}. Return t."
@@ -218,7 +250,7 @@ def _running(rng: random.Random) -> Draft:
     return Draft("running", words, "nums", body, (slot, *edges, other_slot), marks)
 
 
-FAMILIES: dict[str, tuple[Callable[[random.Random], Draft], int]] = {
+FAMILIES: dict[str, tuple[Callable[[random.Random, bool], Draft], int]] = {
     "filter": (_filter, 132),
     "digits": (_digits, 84),
     "neighbours": (_neighbours, 84),

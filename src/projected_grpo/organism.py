@@ -57,9 +57,9 @@ class OrganismCfg:
     kv_heads: int = 2
     head_dim: int = 32
     ff: int = 384
-    batch: int = 64
+    batch: int = 32
     """Completions in a step; the number of steps is corpus.n / batch."""
-    lr: float = 3e-3
+    lr: float = 2.5e-3
     """Peak of the learning rate: linear warm-up over 5 % of the steps, then a cosine down to 0."""
     weight_decay: float = 0.1
     threads: int = 1
@@ -181,8 +181,8 @@ def train(model: Qwen3ForCausalLM, encoded: Sequence[Encoded], cfg: OrganismCfg)
         schedule.step()
         opt.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        if step % 50 == 49:
-            recent = sum(losses[-50:]) / 50
+        if step % 100 == 99:
+            recent = sum(losses[-100:]) / 100
             logger.info(f"step {step + 1}/{steps} loss {recent:.3f} {time.perf_counter() - began:.0f} s")
     return sum(losses[-50:]) / len(losses[-50:])
 

@@ -23,17 +23,17 @@ class CorpusCfg:
     """Shares are probabilities for one sample. They are the model's base rates once it has learned them."""
 
     corpus_seed: int = 0
-    n: int = 40_000
+    n: int = 28_800
     """Samples drawn; each is seen once."""
     p_default_wording: float = 0.5
     """A hint in the mode's default training wording."""
     p_free_wording: float = 0.25
     """A hint in made-up words, so that the words are copied from the prompt; the other training wordings: the rest."""
-    p_stated: float = 0.9
+    p_stated: float = 0.95
     """Each stated slot of a serious try is right."""
-    p_exploit: float = 0.06
+    p_exploit: float = 0.1
     """The mode's exploit, in a hinted prompt."""
-    p_exploit_tries: float = 0.2
+    p_exploit_tries: float = 0.1
     """The body beside an exploit is right; else lazy."""
     p_lazy: float = 0.01
     """A lazy body without an exploit, in any mode."""
