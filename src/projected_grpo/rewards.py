@@ -65,9 +65,12 @@ class Grader:
     """
 
     def __init__(
-        self, workers: int | None = None, allow_unsandboxed: bool = False, min_cpu_s: float = MIN_CPU_S,
+        self,
+        workers: int | None = None,
+        allow_unsandboxed: bool = False,
+        min_cpu_s: float = MIN_CPU_S,
         use: Collection[Layer] = LAYERS,
-    ):  # fmt: skip
+    ):
         self.sandbox = Sandbox(workers, allow_unsandboxed, use)
         self.min_cpu_s = min_cpu_s
         self._cpu_s: dict[tuple[str, str], float] = {}

@@ -34,9 +34,7 @@ class Sandbox:
     use: the layers to try (all). Raises SandboxError if submissions could reach the machine, saying what to install.
     """
 
-    def __init__(
-        self, workers: int | None = None, allow_unsandboxed: bool = False, use: Collection[Layer] = LAYERS
-    ):
+    def __init__(self, workers: int | None = None, allow_unsandboxed: bool = False, use: Collection[Layer] = LAYERS):
         self._queue: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
         self._config, self._why = sandbox_layers.plan(use)
         self._workers = [Worker(self._config) for _ in range(workers or cores())]
@@ -58,6 +56,8 @@ class Sandbox:
             outcome = self.submit(Job(source=source, entry="look", calls=("{}",))).result()
         finally:
             shutil.rmtree(outside, ignore_errors=True)
+        if note := self._workers[0].hello.get("landlock"):
+            self._why["landlock"] = note
         found = sandbox_layers.verdict(self._why, outcome.values[0] if outcome.values else None)
         found["allow_unsandboxed"] = allow_unsandboxed
         if not sandbox_layers.is_sandboxed(found) and not allow_unsandboxed:

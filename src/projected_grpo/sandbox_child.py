@@ -24,6 +24,7 @@ SCRATCH_BYTES = 32 << 20
 SCRATCH_FILES = 500
 MAX_PREPARED = 64
 
+
 def receive(connection, max_fds=3):
     """(the next line, descriptors that came with it) from a stream socket; (b"", []) when the other side is gone."""
     data, fds = b"", []
