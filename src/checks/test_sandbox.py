@@ -236,7 +236,7 @@ def test_a_job_that_fails_in_two_workers_is_an_error_and_never_a_verdict():
 
 
 def test_closing_in_mid_job_is_prompt_and_complete():
-    folders = set(Path(tempfile.gettempdir()).glob("projected_grpo-*"))
+    folders = set(Path(tempfile.gettempdir()).glob(f"projected_grpo-{os.getpid()}-*"))
     sandbox = Sandbox(workers=2)
     below = processes_below(os.getpid())
     futures = [sandbox.submit(job("while True: pass")) for _ in range(20)]
@@ -247,7 +247,7 @@ def test_closing_in_mid_job_is_prompt_and_complete():
     assert time.monotonic() - start < 15
     assert all(future.done() for future in futures)
     assert not gone(below - processes_below(os.getpid()))
-    assert set(Path(tempfile.gettempdir()).glob("projected_grpo-*")) <= folders
+    assert set(Path(tempfile.gettempdir()).glob(f"projected_grpo-{os.getpid()}-*")) <= folders
 
 
 RUNS_FOREVER = """

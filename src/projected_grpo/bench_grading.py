@@ -178,7 +178,7 @@ def footprint() -> dict[str, float]:
         "memory MB": round(memory_mb(), 1),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "processes": len(descendants()),
-        "temporary files": len(list(Path(tempfile.gettempdir()).glob("projected_grpo-*"))),
+        "temporary files": len(list(Path(tempfile.gettempdir()).glob(f"projected_grpo-{os.getpid()}-*"))),
     }
 
 

@@ -262,7 +262,7 @@ def is_sandboxed(found: Mapping[str, Any]) -> bool:
 
 def outside_folder() -> str:
     """A folder that any user could read and write, for the canary to fail on."""
-    folder = tempfile.mkdtemp(prefix="projected_grpo-canary-")
+    folder = tempfile.mkdtemp(prefix=f"projected_grpo-{os.getpid()}-")
     Path(folder, "readable").write_text(json.dumps("outside"))
     os.chmod(folder, 0o777)
     os.chmod(Path(folder, "readable"), 0o666)

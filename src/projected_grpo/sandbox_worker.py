@@ -63,7 +63,7 @@ class Worker:
 
     def start(self) -> None:
         """Start the zygote; raises SandboxError with what it said if it does not come up."""
-        self.folder = None if self.config["bubble"] else tempfile.mkdtemp(prefix="projected_grpo-")
+        self.folder = None if self.config["bubble"] else tempfile.mkdtemp(prefix=f"projected_grpo-{os.getpid()}-")
         scratch = self.folder or sandbox_layers.SCRATCH_IN_BUBBLE
         if self.config["uid"]:
             os.chown(scratch, self.config["uid"], self.config["uid"])
