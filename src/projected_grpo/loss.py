@@ -17,8 +17,8 @@ from projected_grpo.antipasto import Knobs
 LOGIT_BUDGET = 1 << 26
 """Floats of logits held at once (256 MB in float32); more tokens than fit are done in chunks and recomputed."""
 
-LOT_TOKENS = 1024
-"""Tokens in one forward from which a row of another length is better taken in the next one."""
+LOT_TOKENS = 2048
+"""Tokens that go through the model at once, padding included: enough to keep it busy, few enough for the caches."""
 
 
 def advantages(rewards: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
@@ -74,15 +74,15 @@ def token_logprobs(
 
 
 def lots(mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int) -> list[Int[Tensor, " m"]]:
-    """The rows in lots of at most ``most``, longest first.
+    """The rows sorted by length, longest first, in lots of at most ``most`` rows and ``LOT_TOKENS`` tokens.
 
-    A lot that holds ``LOT_TOKENS`` takes no row that would be padded by more than an eighth of the lot's length.
+    So hardly anything is padding. A lot has one row at least.
     """
     lengths = (mask.shape[1] - mask.flip(1).int().argmax(1))[rows].tolist()
     made: list[list[int]] = []
     longest = 0
     for length, row in sorted(zip(lengths, rows.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1])):
-        if not made or len(made[-1]) == most or (len(made[-1]) * longest >= LOT_TOKENS and 8 * length < 7 * longest):
+        if not made or len(made[-1]) == most or (len(made[-1]) + 1) * longest > LOT_TOKENS:
             made.append([])
             longest = length
         made[-1].append(row)
