@@ -188,6 +188,21 @@ def test_a_scratch_folder_is_empty_for_the_next_job(two):
     assert [outcome.values for outcome in two.run(jobs)] == [(["left"],)] * 6
 
 
+@pytest.mark.parametrize("use", [LAYERS, ()], ids=["every layer", "plain fork"])
+def test_a_child_holds_its_own_descriptors_and_no_other(use):
+    """Least of all the worker's socket, whose number in the trainer's process may be a large one."""
+    look = "found = []\nfor fd in range(9000):\n    try:\n        os.fstat(fd)\n        found.append(fd)\n"
+    look += "    except OSError: pass\nreturn found"
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(300)]
+    try:
+        with Sandbox(workers=1, allow_unsandboxed=True, use=use) as sandbox:
+            assert sandbox._workers[0].socket.fileno() > 300
+            assert sandbox.run([job(look, "import os")])[0].values == ([0, 1, 2, 3],)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
 def processes_below(pid: int) -> set[int]:
     """Every process that descends from ``pid``."""
     parents = {}

@@ -23,6 +23,7 @@ TICK_S = 0.1
 SCRATCH_BYTES = 32 << 20
 SCRATCH_FILES = 500
 MAX_PREPARED = 64
+MAX_DESCRIPTOR = 4096
 
 
 def receive(connection, max_fds=3):
@@ -49,7 +50,7 @@ def child(config, ruleset, limits, fds, prepared):
         os.dup2(fd, target)
     if kept is not None:
         ruleset = os.dup2(kept, 5)
-    os.closerange(5 if ruleset is None else 6, first + 16)
+    os.closerange(5 if ruleset is None else 6, MAX_DESCRIPTOR)
     os.chdir(config["scratch"])
     os.umask(0o077)
     config["confine"].confine(config, ruleset, limits)
@@ -243,5 +244,7 @@ def start(control):
 
 
 if __name__ == "__main__":
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    # the trainer's number for it may be past all that a child closes
+    channel = socket.socket(fileno=os.dup(int(sys.argv[1])))
+    os.close(int(sys.argv[1]))
     serve(channel, *start(channel))
