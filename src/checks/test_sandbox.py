@@ -154,6 +154,12 @@ def test_grading_is_refused_without_seccomp_and_namespace_unless_allowed():
         assert sandbox.run([job("return 3")])[0].values == (3,)
 
 
+def test_a_machine_without_libseccomp_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    with pytest.raises(SandboxError, match=r"(?s)seccomp: off: ModuleNotFoundError.*libseccomp2"):
+        Sandbox(workers=1, use=WITHOUT_BUBBLE)
+
+
 def test_a_layer_whose_canary_gets_through_is_not_claimed():
     why = dict.fromkeys(LAYERS, "")
     found = sandbox_layers.verdict(why, [{"fork": "'forked'"}, {"seccomp": False, "landlock": True}])

@@ -1,7 +1,6 @@
 """The sandbox's layers: what confines a submission, how each is set up, and the canaries that prove it at start-up."""
 
 import errno
-import importlib
 import json
 import os
 import pwd
@@ -45,7 +44,8 @@ def seccomp_filter() -> bytes:
 
     Raises ImportError, OSError or RuntimeError where pyseccomp or libseccomp.so.2 is missing.
     """
-    seccomp = importlib.import_module("pyseccomp")
+    import pyseccomp as seccomp  # here and not above: it raises where the system's libseccomp is missing
+
     made = seccomp.SyscallFilter(seccomp.ALLOW)
     refuse = seccomp.ERRNO(errno.EPERM)
     for name in DENIED_SYSCALLS.split():
