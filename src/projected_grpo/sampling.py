@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values (b, h, s, d) with room to append in place.
 
-    transformers' own layer copies all of them for every token, which was a sixth of the organism's sampling time.
+    transformers' own layer copies all of them for every token, about a tenth of the organism's sampling time.
     ``keys`` and ``values`` are views of the filled part of ``room``; a new room is made every ``SPARE`` tokens, and
     after rows were reordered or dropped.
     """
@@ -69,7 +69,7 @@ def draw(logits: Float[Tensor, "b v"], race: Float[Tensor, "b v"]) -> Int[Tensor
     return (logits.softmax(-1) / race).argmax(-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
