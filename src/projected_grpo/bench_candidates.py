@@ -1,0 +1,191 @@
+"""The benchmark's candidates: our step, its parts, and the same step and parts done otherwise, timed in rounds.
+
+Every candidate samples from the same policy: δS is a fixed small perturbation and the learning rate is 1e-6. Every
+second rollout is rewarded, whatever it says, so that no group is without variance and nobody gains by skipping it.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import nn
+
+from projected_grpo import antipasto, loss, models, pool, problems, proj, sampling
+from projected_grpo.antipasto import Knobs
+from projected_grpo.bench_reference import HookForm, full_gradient, generate
+from projected_grpo.config import Config
+from projected_grpo.data_types import GradedBatch, Task
+from projected_grpo.extract_vhack_grad import HackBasis
+from projected_grpo.rewards import Grader
+from projected_grpo.rollout import tasks_of_step
+from projected_grpo.sandbox_worker import SandboxError
+from projected_grpo.train import apply_step, make_optimizer, sample_grads
+
+LR = 1e-6
+Seconds = tuple[float, float]
+"""(CPU seconds of this process, wall seconds)."""
+
+
+def random_orthonormal(knobs: Knobs, k: int) -> HackBasis:
+    """A V of k axes in every module: projection costs the same whatever the axes are."""
+    ones = {name: torch.ones(min(k, m.delta.numel()), m.delta.numel()) for name, m in knobs.modules.items()}
+    return proj.random_basis(HackBasis(ones, {name: v[:, 0] for name, v in ones.items()}, {}), seed=0)
+
+
+class Laps:
+    """A stop watch: a call names the stretch since the last one."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Seconds] = {}
+        self.last = (time.process_time(), time.perf_counter())
+
+    def __call__(self, name: str) -> None:
+        now = (time.process_time(), time.perf_counter())
+        self.taken[name] = (now[0] - self.last[0], now[1] - self.last[1])
+        self.last = now
+
+
+class Candidates:
+    """The models, all of the same weights, and the step on each. ``group``: rollouts a prompt."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.base, self.tokenizer = models.load(cfg.model)
+        self.tasks: list[Task] = tasks_of_step(pool.tasks_for(cfg), 0, cfg.rl.prompts_per_step, cfg.seed)
+        self.prompts = [problems.encode_prompt(self.tokenizer, t) for t in self.tasks]
+        self.model = copy.deepcopy(self.base)
+        self.knobs = antipasto.wrap(self.model, cfg.cache)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for d in self.knobs.delta.values():
+                d.normal_(0, 1e-3)
+        self.knobs.merge()
+        self.hook = HookForm(copy.deepcopy(self.base), self.knobs)
+        self.V = random_orthonormal(self.knobs, cfg.vhack.k)
+        self.optimizer, self.scheduler = make_optimizer(self.knobs, cfg)
+        self.hook_optimizer = torch.optim.AdamW(self.hook.delta.values(), lr=LR, betas=cfg.rl.betas, foreach=True)
+        self.settings: dict[str, Any] = dict(
+            max_new=cfg.rl.max_new,
+            eos=self.tokenizer.eos_token_id,
+            pad=self.tokenizer.pad_token_id,
+            temperature=cfg.rl.temperature,
+        )
+
+    def sample(self, model: nn.Module, seed: int, group: int | None = None) -> list[list[int]]:
+        """Our sampler on a model, wrapped or not."""
+        generator = torch.Generator().manual_seed(seed)
+        return sampling.sample(model, self.prompts, group or self.cfg.rl.group, generator=generator, **self.settings)
+
+    def batch(self, completions: list[list[int]]) -> GradedBatch:
+        """Rewards, advantages and tensors; the last row of each group plays the teacher."""
+        group = len(completions) // len(self.prompts)
+        rewards = (torch.arange(len(completions)) % 2).float().view(-1, group)
+        rows = [p for p in self.prompts for _ in range(group)]
+        ids, mask = loss.collate(rows, completions, self.tokenizer.pad_token_id, self.base.device)
+        is_student = torch.arange(len(rows)) % group < group - 1
+        return GradedBatch(ids, mask, loss.advantages(rewards).flatten(), is_student, (), 0, {})
+
+    def step(self, seed: int, group: int | None = None) -> dict[str, Seconds]:
+        """Our step but for grading and logging; the seconds of its stages."""
+        lap = Laps()
+        completions = self.sample(self.model, seed, group)
+        lap("sample")
+        batch = self.batch(completions)
+        lap("advantages, collate")
+        grads = sample_grads(self.model, self.knobs, batch, self.cfg)
+        lap("forward + backward")
+        p = proj.project(grads.G, self.V, batch.is_student, "erase", self.cfg.vhack)
+        lap("project")
+        apply_step(self.knobs, p, self.optimizer, self.scheduler, self.cfg.rl.clip)
+        lap("update, merge")
+        return lap.taken
+
+    def hook_step(self, seed: int) -> dict[str, Seconds]:
+        """The same step in the hook form."""
+        torch.manual_seed(seed)
+        lap = Laps()
+        completions = self.hook.sample(self.prompts, self.cfg.rl.group, **self.settings)
+        lap("sample")
+        batch = self.batch(completions)
+        lap("advantages, collate")
+        weight = batch.A / self.cfg.loss_denominator
+        both = self.hook.two_backwards(batch.ids, batch.mask, weight, batch.is_student, self.cfg.rl.temperature)
+        lap("forward + two backwards")
+        p = proj.project(both, self.V, torch.tensor([True, False]), "erase", self.cfg.vhack)
+        for name, delta in self.hook.delta.items():
+            delta.grad = p.kept[name] * min(1.0, self.cfg.rl.clip / p.gn)
+        self.hook_optimizer.step()
+        lap("project, update")
+        return lap.taken
+
+
+def timed(call: Callable[[], Any]) -> Seconds:
+    """One call's (CPU, wall) seconds."""
+    lap = Laps()
+    call()
+    lap("")
+    return lap.taken[""]
+
+
+def total(stages: dict[str, Seconds]) -> Seconds:
+    """The sum of some stretches."""
+    return sum(c for c, _ in stages.values()), sum(w for _, w in stages.values())
+
+
+def one_round(b: Candidates, trl: Callable[[], Seconds], seed: int) -> tuple[dict[str, Seconds], dict[str, Seconds]]:
+    """Every candidate once: its seconds, and the seconds of our step's stages."""
+    cfg, group = b.cfg, b.cfg.rl.group
+    batch = b.batch(b.sample(b.model, seed))
+    fixed = (batch.ids, batch.mask, batch.A / cfg.loss_denominator)
+    shared = dict(temperature=cfg.rl.temperature, micro_batch=cfg.rl.micro_batch)
+    ours = b.step(seed)
+    hook = b.hook_step(seed)
+    taken = {
+        "step": total(ours),
+        "step, TRL": trl(),
+        "step, hook form": total(hook),
+        "step, twice the rollouts": total(b.step(seed, 2 * group)),
+        "sample": timed(lambda: b.sample(b.model, seed)),
+        "sample, unwrapped model": timed(lambda: b.sample(b.base, seed)),
+        "sample, transformers' generate": timed(lambda: generate(b.base, b.prompts, group, **b.settings)),
+        "sample, hook form": hook["sample"],
+        "gradient": timed(lambda: sample_grads(b.model, b.knobs, batch, cfg)),
+        "gradient, full fine-tuning": timed(lambda: full_gradient(b.base, list(b.knobs.modules), *fixed, **shared)),
+        "gradient, hook form": hook["forward + two backwards"],
+    }
+    return taken, ours
+
+
+def rounds(
+    b: Candidates, trl: Callable[[], Seconds], n: int
+) -> tuple[dict[str, list[Seconds]], dict[str, list[Seconds]]]:
+    """n rounds after one to warm up: the seconds of each candidate, and of each stage of our step."""
+    seconds: dict[str, list[Seconds]] = {}
+    stages: dict[str, list[Seconds]] = {}
+    one_round(b, trl, 0)
+    for i in range(1, n + 1):
+        taken, ours = one_round(b, trl, i)
+        for name, pair in taken.items():
+            seconds.setdefault(name, []).append(pair)
+        for name, pair in ours.items():
+            stages.setdefault(name, []).append(pair)
+        logger.info("round {} of {}: step {:.2f} s, hook form {:.2f} s, TRL {:.2f} s", i, n,
+                    *(taken[name][0] for name in ("step", "step, hook form", "step, TRL")))  # fmt: skip
+    return seconds, stages
+
+
+def grading(b: Candidates, n: int) -> list[Seconds] | None:
+    """Seconds to grade a step's rollouts in the sandbox pool, once warm, which are wall seconds twice: the work is done
+    in other processes. None where there is no sandbox."""
+    texts = b.tokenizer.batch_decode(b.sample(b.model, 0), skip_special_tokens=True)
+    asked = list(zip([t for t in b.tasks for _ in range(b.cfg.rl.group)], texts, strict=True))
+    try:
+        with Grader() as grader:
+            grader.grade(asked)
+            return [(wall, wall) for _, wall in (timed(lambda: grader.grade(asked)) for _ in range(n))]
+    except SandboxError as error:
+        logger.warning("grading is left out: {}", error)
+        return None
