@@ -127,7 +127,7 @@ def bench(problems: Sequence[Problem], repeats: int = 4, batches: int = 3) -> bo
             "cold python -c a grade": lambda: [subprocess.run(cold(p), check=True, capture_output=True) for p in light],
             "sandbox as a plain fork, one worker": lambda: plain.run(jobs),
             "sandbox with every layer, one worker": lambda: full.run(jobs),
-            f"sandbox with every layer, {cores()} workers": lambda: pool.run(jobs),
+            f"sandbox with every layer, {2 * cores()} workers": lambda: pool.run(jobs),
         }
         for name, action in list(ways.items()) * repeats:
             grades = len(light) if name.startswith("cold") else len(jobs)

@@ -59,7 +59,7 @@ class Submission:
 class Grader:
     """Grades completions in a pool of sandboxed workers. A context manager.
 
-    workers: None means one a core. Raises sandbox.SandboxError where submissions cannot be confined, unless
+    workers: None means two a core. Raises sandbox.SandboxError where submissions cannot be confined, unless
     allow_unsandboxed; ``layers`` says what is in force, for the run's meta.json. min_cpu_s: the least CPU time that
     counts as too slow; a problem whose canonical solution is slow gets four times what that takes.
     """
@@ -249,7 +249,7 @@ def main(
         problems: JSON lines of problems, in this project's format or rl-rewardhacking's.
         completions: JSON lines {id, env_mode, completion}.
         out: where the grades go, a row a completion, in the same order.
-        workers: sandboxed workers; one a core if not given.
+        workers: sandboxed workers; two a core if not given.
         allow_unsandboxed_grading: run the code even where neither seccomp nor a namespace confines it.
     """
     files = (problems, completions, out)

@@ -30,14 +30,15 @@ def cores() -> int:
 class Sandbox:
     """A pool of workers. Use as a context manager, or close() it.
 
-    workers: how many (None: one a core). allow_unsandboxed: go on where neither seccomp nor a namespace is proven.
-    use: the layers to try (all). Raises SandboxError if submissions could reach the machine, saying what to install.
+    workers: how many (None: two a core, so that one runs while another waits for its child). allow_unsandboxed: go on
+    where neither seccomp nor a namespace is proven. use: the layers to try (all). Raises SandboxError if submissions
+    could reach the machine, saying what to install.
     """
 
     def __init__(self, workers: int | None = None, allow_unsandboxed: bool = False, use: Collection[Layer] = LAYERS):
         self._queue: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
         self._config, self._why = sandbox_layers.plan(use)
-        self._workers = [Worker(self._config) for _ in range(workers or cores())]
+        self._workers = [Worker(self._config) for _ in range(workers or 2 * cores())]
         self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
         self._threads[0].start()
         try:
