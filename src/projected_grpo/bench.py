@@ -151,7 +151,12 @@ def run(cfg: Config, repeats: int, memory_tokens: int, points: int) -> dict[str,
 
 
 def main(
-    model: str = "organism", repeats: int = 5, quick: bool = False, outputs: str = "outputs", figure: Path | None = None
+    model: str = "organism",
+    repeats: int = 5,
+    quick: bool = False,
+    sweep_points: int = 4,
+    outputs: str = "outputs",
+    figure: Path | None = None,
 ) -> None:
     """Measure, print the tables and write them to outputs/bench.
 
@@ -159,6 +164,7 @@ def main(
         model: `organism`, or a local folder of the same kind.
         repeats: rounds after the one that warms up.
         quick: two rounds, a short memory test, no sweep: about a minute.
+        sweep_points: values of each of the sweep's four axes; 0 leaves sweep and figure out.
         outputs: where outputs/bench and the caches are.
         figure: where the figure goes; outputs/bench/cost.png when unset.
     """
@@ -170,7 +176,7 @@ def main(
     cfg = replace(preset, model=replace(preset.model, model=model, device="cpu"), outputs=outputs,
                   rl=replace(preset.rl, lr=LR, warmup=0, schedule="constant"))  # fmt: skip
     try:
-        result = run(cfg, 2 if quick else repeats, 64 if quick else 512, 0 if quick else 4)
+        result = run(cfg, 2 if quick else repeats, 64 if quick else 512, 0 if quick else sweep_points)
     except UserError as error:
         sys.exit(f"error: {error}")
     folder = Path(outputs) / "bench"

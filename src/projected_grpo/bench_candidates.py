@@ -64,6 +64,9 @@ class Candidates:
                 d.normal_(0, 1e-3)
         self.knobs.merge()
         self.hook = HookForm(copy.deepcopy(self.base), self.knobs)
+        with torch.no_grad():  # the unwrapped model is the same policy: it writes the same tokens
+            for name, m in self.knobs.modules.items():
+                self.base.get_parameter(f"{name}.weight").copy_(m.linear.weight if m.merged is None else m.merged)
         self.V = random_orthonormal(self.knobs, cfg.vhack.k)
         self.optimizer, self.scheduler = make_optimizer(self.knobs, cfg)
         self.hook_optimizer = torch.optim.AdamW(self.hook.delta.values(), lr=LR, betas=cfg.rl.betas, foreach=True)
@@ -130,6 +133,13 @@ def timed(call: Callable[[], Any]) -> Seconds:
     return lap.taken[""]
 
 
+def there_and_back(*calls: Callable[[], Any]) -> list[Seconds]:
+    """The calls in turn and again in reverse, so that none always comes first: the mean seconds of each."""
+    there = [timed(call) for call in calls]
+    back = [timed(call) for call in reversed(calls)][::-1]
+    return [((a[0] + b[0]) / 2, (a[1] + b[1]) / 2) for a, b in zip(there, back, strict=True)]
+
+
 def total(stages: dict[str, Seconds]) -> Seconds:
     """The sum of some stretches."""
     return sum(c for c, _ in stages.values()), sum(w for _, w in stages.values())
@@ -143,17 +153,22 @@ def one_round(b: Candidates, trl: Callable[[], Seconds], seed: int) -> tuple[dic
     shared = dict(temperature=cfg.rl.temperature, micro_batch=cfg.rl.micro_batch)
     ours = b.step(seed)
     hook = b.hook_step(seed)
+    sample, sample_unwrapped = there_and_back(lambda: b.sample(b.model, seed), lambda: b.sample(b.base, seed))
+    gradient, gradient_full = there_and_back(
+        lambda: sample_grads(b.model, b.knobs, batch, cfg),
+        lambda: full_gradient(b.base, list(b.knobs.modules), *fixed, **shared),
+    )
     taken = {
         "step": total(ours),
         "step, TRL": trl(),
         "step, hook form": total(hook),
         "step, twice the rollouts": total(b.step(seed, 2 * group)),
-        "sample": timed(lambda: b.sample(b.model, seed)),
-        "sample, unwrapped model": timed(lambda: b.sample(b.base, seed)),
+        "sample": sample,
+        "sample, unwrapped model": sample_unwrapped,
         "sample, transformers' generate": timed(lambda: generate(b.base, b.prompts, group, **b.settings)),
         "sample, hook form": hook["sample"],
-        "gradient": timed(lambda: sample_grads(b.model, b.knobs, batch, cfg)),
-        "gradient, full fine-tuning": timed(lambda: full_gradient(b.base, list(b.knobs.modules), *fixed, **shared)),
+        "gradient": gradient,
+        "gradient, full fine-tuning": gradient_full,
         "gradient, hook form": hook["forward + two backwards"],
     }
     return taken, ours

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import matplotlib
 import torch
+from loguru import logger
 
 from projected_grpo import antipasto, bench_memory, loss, sampling
 from projected_grpo.bench_reference import HookForm
@@ -34,6 +35,12 @@ SWEEP: dict[Axis, tuple[Point, tuple[int, ...]]] = {
     "completion": (Point(), (16, 32, 64, 128)),
     "vocabulary": (Point(rollouts=16, completion=16), (768, 8_192, 32_768, 151_669)),
     "width": (Point(rollouts=16, completion=16), (64, 128, 256, 512)),
+}
+FIXED = {
+    "rollouts": "{:,} rollouts",
+    "completion": "{:,} tokens each",
+    "vocabulary": "vocabulary {:,}",
+    "width": "width {:,}",
 }
 LABELS = {
     "rollouts": "rollouts a step",
@@ -86,6 +93,7 @@ def sweep(points: int) -> list[dict[str, Any]]:
     """The first ``points`` values of every axis, one row each: axis, value, the point, its seconds."""
     rows = []
     for axis, (base, values) in SWEEP.items():
+        logger.info("sweep of {}", axis)
         for value in values[:points]:
             p = replace(base, **{axis: value})
             rows.append({"axis": axis, "value": value, "point": asdict(p), "seconds": measure(p)})
@@ -100,15 +108,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         values = [r["value"] for r in of_axis]
         for key, (label, color, style) in LINES.items():
             seconds = [r["seconds"][key] for r in of_axis]
-            panel.plot(values, seconds, style, color=color, marker="o", markersize=3, label=label)
+            panel.plot(values, seconds, style, color=color, marker="o", markersize=2, label=label)
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis])
         panel.set_xticks(values, [f"{v:,}" for v in values], fontsize=8)
         panel.minorticks_off()
         panel.grid(alpha=0.25)
         fixed = {k: v for k, v in of_axis[0]["point"].items() if k != axis}
-        panel.set_title(" · ".join(f"{v:,} {k}" for k, v in fixed.items()), fontsize=7)
+        panel.set_title(" · ".join(FIXED[k].format(v) for k, v in fixed.items()), fontsize=7)
     panels[0].set_ylabel("CPU seconds a step, one thread")
-    panels[0].legend(fontsize=7, frameon=False)
+    panels[0].legend(fontsize=7, frameon=False, handlelength=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)
