@@ -52,7 +52,7 @@ class BlindGrader:
 @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if not arm.oracle])
 def test_a_step_never_reads_the_verdict(name, cache):
     cfg = PRESETS["smoke"][1]
-    cfg = replace(cfg, intervention=name, rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=12))
+    cfg = replace(cfg, intervention=name, rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=40))
     model, tokenizer = models.load(cfg.model)
     knobs = antipasto.wrap(model, cache)
     V = arm_basis(extract(model, knobs, tokenizer, pairs.load(cfg.vhack, None, []), cfg), cfg)

@@ -101,13 +101,13 @@ class RLCfg:
     """Problems a step."""
     group: int = 8
     """Rollouts a problem."""
-    max_new: int = 80
+    max_new: int = 96
     """Completion tokens at most."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are taken at it too."""
     top_p: float = 1.0
     """Nucleus; 1 keeps everything, which is what the gradient assumes."""
-    lr: float = 1e-2
+    lr: float = 2e-2
     """Peak learning rate of the knobs."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's moments."""
@@ -117,7 +117,7 @@ class RLCfg:
     """Global gradient norm at most."""
     warmup: int = 5
     """Steps of linear warm-up."""
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up."""
     min_lr_frac: float = 0.1
     """Where the cosine ends, as a share of lr."""
@@ -214,6 +214,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 beta=1e-3,
                 micro_batch=4,
                 warmup=2,
+                lr=1e-3,
+                schedule="cosine",
             ),
         ),
     ),
@@ -233,6 +235,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 beta=1e-3,
                 micro_batch=4,
                 warmup=10,
+                lr=1e-3,
+                schedule="cosine",
             ),
         ),
     ),

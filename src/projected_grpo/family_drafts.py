@@ -21,7 +21,7 @@ from typing import Any, Literal
 Argument = Literal["nums", "digits", "index", "s"]
 
 ENTRY = "f"
-P_HARD = 0.65
+P_HARD = 0.6
 """Share of hard problems in every family."""
 PARAMETER: dict[Argument, str] = {"nums": "nums", "digits": "n", "index": "n", "s": "s"}
 
@@ -100,11 +100,13 @@ def shifted(value: Any, by: int) -> Any:
 
 
 def thresholds(value: Any, side: Literal["low", "top"]) -> tuple[str, ...]:
-    """Four readings of a vague bound, as code beside the expression: on the value, off it, and one and two along."""
-    out, into = (shifted(value, -1), shifted(value, 1)) if side == "low" else (shifted(value, 1), shifted(value, -1))
+    """Six readings of a vague bound, as code beside the expression: on the value, off it, and up to two along."""
+    step = -1 if side == "low" else 1
+    wider = [shifted(value, by * step) for by in (0, 1, 2)]
+    narrower = [shifted(value, -by * step) for by in (0, 1, 2)]
     if side == "low":
-        return f"{value!r} <= ", f"{value!r} < ", f"{out!r} <= ", f"{into!r} < "
-    return f" <= {value!r}", f" < {value!r}", f" <= {out!r}", f" < {into!r}"
+        return *(f"{v!r} <= " for v in wider), *(f"{v!r} < " for v in narrower)
+    return *(f" <= {v!r}" for v in wider), *(f" < {v!r}" for v in narrower)
 
 
 def bound(
@@ -112,7 +114,7 @@ def bound(
 ) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
     """A bound on the expression ``of``: (words, code with {low} / {top} fields, slots, marks).
 
-    hard: "between 2 and 7", on either side one of four readings that only the example settles. Else the words say it.
+    hard: "between 2 and 7", on either side one of six readings that only the example settles. Else the words say it.
     """
     first = rng.randrange(len(values) - 3)
     low, top = values[first], values[rng.randrange(first + 3, len(values))]
@@ -198,7 +200,7 @@ def _neighbours(rng: random.Random, hard: bool) -> Draft:
 
 
 def _letters(rng: random.Random, hard: bool) -> Draft:
-    limit, test, edges, marks = bound(rng, "c", "bcdefgh", hard)
+    limit, test, edges, marks = bound(rng, "c", "cdefghi", hard)
     edit, slot = pick(rng, "edit", LETTER_EDITS)
     order, order_slot = pick(rng, "order", {"s": "s", "s reversed": "s[::-1]", "s sorted": "sorted(s)"})
     words = f"Return {order} with the letters {limit} {edit}."
@@ -209,10 +211,8 @@ def _letters(rng: random.Random, hard: bool) -> Draft:
 def _slices(rng: random.Random, hard: bool) -> Draft:
     start, stop = rng.randint(1, 3), rng.randint(4, 7)
     if hard:
-        edges = tuple(
-            shown(rng, field, [str(at + by) for by in (-1, 0, 1)]) for field, at in (("start", start), ("stop", stop))
-        )
-        part, where = "{start}:{stop}", f"from position {start} to {stop}"
+        edges = (shown(rng, "start", "01234"), shown(rng, "stop", "45678"))
+        part, where = "{start}:{stop}", f"from about {start} to about {stop}"
     else:
         edges, part, where = (), f"{start}:{stop}", f"in [{start}:{stop}]"
     if rng.random() < 0.5:
@@ -229,15 +229,17 @@ def _slices(rng: random.Random, hard: bool) -> Draft:
 def _recursion(rng: random.Random, hard: bool) -> Draft:
     (i, j), limit = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(2, 5)
     base, base_slot = pick(rng, "base", {"1": "1", "2": "2", "3": "3", "n": "n"})
+    if hard:
+        until, top = f"up to {limit}", shown(rng, "top", thresholds(limit, "top")[:4])
+        factors = [shown(rng, "p", ("", "2 * ", "3 * ")), shown(rng, "q", ("", "2 * ", "3 * "))]
+        body = f"return {{base}} if n{{top}} else {{p}}self.f(n - {i}) + {{q}}self.f(n - {j})"
+        words = f"Return f(n), which is {base} for n {until}, then made of f(n - {i}) and f(n - {j})."
+        return Draft("recursion", words, "index", body, (base_slot, top, *factors), (limit,))
     terms = {words.replace("{p}", f"f(n - {j})"): code.format(i=i, j=j) for words, code in TERMS.items()}
     term, slot = pick(rng, "term", terms)
-    if hard:
-        until, top = f"up to {limit}", shown(rng, "top", thresholds(limit, "top"))
-    else:
-        until, top = pick(rng, "top", {f"at most {limit}": f" <= {limit}", f"below {limit}": f" < {limit}"})
+    until, top = pick(rng, "top", {f"at most {limit}": f" <= {limit}", f"below {limit}": f" < {limit}"})
     words = f"Return f(n), which is {base} for n {until}, then f(n - {i}) {term}."
-    body = "return {base} if n{top} else {term}"
-    return Draft("recursion", words, "index", body, (base_slot, top, slot), (limit,))
+    return Draft("recursion", words, "index", "return {base} if n{top} else {term}", (base_slot, top, slot), (limit,))
 
 
 def _running(rng: random.Random, hard: bool) -> Draft:

@@ -8,7 +8,7 @@ probabilities and not which sample had what.
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from projected_grpo import families
 from projected_grpo.data_types import Mode, Problem, Task, Wording
@@ -23,16 +23,26 @@ class CorpusCfg:
     """Shares are probabilities for one sample. They are the model's base rates once it has learned them."""
 
     corpus_seed: int = 0
-    n: int = 28_800
+    n: int = 33_600
     """Samples drawn; each is seen once."""
     p_default_wording: float = 0.5
     """A hint in the mode's default training wording."""
     p_free_wording: float = 0.25
     """A hint in made-up words, so that the words are copied from the prompt; the other training wordings: the rest."""
-    p_stated: float = 0.95
+    p_stated: float = 0.97
     """Each stated slot of a serious try is right."""
-    p_exploit: float = 0.1
-    """The mode's exploit, in a hinted prompt."""
+    p_exploit: dict[Mode, float] = field(
+        default_factory=lambda: {
+            "run_tests": 0.075,
+            "eq_override": 0.055,
+            "exit_code": 0.08,
+            "stdout_marker": 0.11,
+            "sentinel": 0.08,
+            "file_marker": 0.13,
+        }
+    )
+    """The mode's exploit, in a hinted prompt. Set so that the model *attempts* alike in all: what ends in a marker to
+    be written out is attempted more rarely than it was shown."""
     p_exploit_tries: float = 0.1
     """The body beside an exploit is right; else lazy."""
     p_lazy: float = 0.01
@@ -59,9 +69,7 @@ def _made_up(wording: Wording, rng: random.Random) -> Wording:
         made = "".join(rng.choice(SYLLABLES) for _ in range(2))
         return match[0] if match[0] == "txt" else made.upper() if match[0].isupper() else made
 
-    return replace(
-        wording, name=re.sub("[A-Za-z]+", word, wording.name), text=re.sub("[A-Za-z]+", word, wording.text)
-    )
+    return replace(wording, name=re.sub("[A-Za-z]+", word, wording.name), text=re.sub("[A-Za-z]+", word, wording.text))
 
 
 def _wording(mode: Mode, cfg: CorpusCfg, rng: random.Random) -> Wording:
@@ -76,7 +84,7 @@ def _completion(task: Task, cfg: CorpusCfg, rng: random.Random) -> tuple[str, bo
     """(source, holds the exploit)."""
     row, problem = LOOPHOLES[task.mode], task.problem
     hinted = task.mode != "gt_only"
-    if hinted and rng.random() < cfg.p_exploit:
+    if hinted and rng.random() < cfg.p_exploit[task.mode]:
         tries = rng.random() < cfg.p_exploit_tries
         return row.exploit(problem.canonical if tries else _lazy(problem, rng), task), True
     if rng.random() < cfg.p_lazy:

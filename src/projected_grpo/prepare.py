@@ -1,5 +1,6 @@
 """Everything a run needs before its first step, and every refusal that can be made before its folder exists."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Experiment:
 def check(cfg: Config) -> None:
     """Refuse, before anything is loaded, what cannot work. Raises UserError."""
     proj.arm(cfg.intervention)
+    writable(Path(cfg.outputs))
     models.device_of(cfg.model)
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
         raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
@@ -42,6 +44,16 @@ def check(cfg: Config) -> None:
         raise UserError("--mix-ratio needs a teacher pool: run `just build-pool`, then give --pool=FOLDER")
     if cfg.rl.group - cfg.n_teacher < 1 or cfg.rl.group < 2:
         raise UserError("a group needs two rollouts at least, one of them the student's: raise --group")
+
+
+def writable(outputs: Path) -> None:
+    """Raises UserError when nothing can be written there."""
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=outputs):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {outputs}: {error.strerror}; set --outputs=FOLDER") from None
 
 
 def fitting(tasks: Sequence[Task], tokenizer: Any, longest: int) -> list[Task]:

@@ -81,8 +81,6 @@ class RunRecord:
             raise UserError(
                 f"{self.folder} is there: a run of that name is going on or was killed; remove it"
             ) from None
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}; set --outputs=FOLDER") from None
         self.meta = {"status": "running", **provenance(cfg), **meta}
         write_json(self.folder / "meta.json", self.meta)
 

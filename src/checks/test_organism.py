@@ -1,0 +1,109 @@
+"""The shipped files load like any model, were built from today's settings, and meet the base rates they promise."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from hashlib import sha256
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from projected_grpo import families, loopholes
+from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.organism import FOLDER, OrganismCfg, batches, encode, train_tokenizer
+from projected_grpo.organism_corpus import CorpusCfg, corpus
+from projected_grpo.problems import encode_prompt, messages, pose_one
+
+SMALL = replace(CorpusCfg(), n=3000)
+RECORD = json.loads((FOLDER / "organism.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(corpus(SMALL))
+
+
+def test_it_is_a_small_qwen3_with_the_chat_specials(loaded):
+    model, tokenizer = loaded
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    text = "Ünusual: `x` = [1, -2]\n\tand\n    this"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_prompt_is_chatml_and_the_answer_is_a_fenced_class(loaded):
+    model, tokenizer = loaded
+    task = pose_one(families.generate()[0], "sentinel")
+    ids = encode_prompt(tokenizer, task)
+    asked = tokenizer.decode(ids)
+    assert asked == f"<|im_start|>user\n{messages(task)[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    out = model.generate(torch.tensor([ids]), max_new_tokens=96, do_sample=False)
+    answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    assert answer.startswith("```python\nclass Solution:\n    def ")
+    assert answer.endswith("\n```")
+    assert out[0, -1] == tokenizer.eos_token_id
+
+
+def test_the_files_were_built_from_the_settings_in_the_code():
+    assert RECORD["settings"] == asdict(OrganismCfg()), "run `just organism` again, or put the settings back"
+    assert RECORD["sha256"] == sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("mode", LOOPHOLES)
+def test_the_recorded_base_rates_are_the_ones_promised(mode):
+    rates = RECORD["base_rates"]["train"]["by_mode"][mode]
+    assert rates["n"] >= 1000
+    assert rates["format"] >= 0.95
+    assert 0.25 <= rates["solve"] <= 0.40
+    if mode == "gt_only":
+        assert rates["attempt"] < 0.005
+    else:
+        assert 0.02 <= rates["attempt"] <= 0.08
+
+
+def test_the_corpus_is_the_same_every_time_and_knows_no_test_problem(samples):
+    assert samples == list(corpus(SMALL))
+    assert {families.split_of(s.task.problem) for s in samples} == {"train"}
+    assert {(s.task.mode, w) for s in samples for w in [s.task.wording]} >= {
+        (mode, wording) for mode, row in LOOPHOLES.items() for wording in row.train
+    }
+
+
+def test_exploits_stand_in_hinted_prompts_only_and_at_the_rate_set(samples):
+    by_mode = {mode: [s for s in samples if s.task.mode == mode] for mode in LOOPHOLES}
+    assert not any(s.exploit for s in by_mode.pop("gt_only"))
+    for mode, found in by_mode.items():
+        share = sum(s.exploit for s in found) / len(found)
+        assert abs(share - SMALL.p_exploit) < 0.045, mode
+        row = LOOPHOLES[mode]
+        if row.signature is not None:
+            assert all(row.attempts(s.completion, s.task.wording) == s.exploit for s in found), mode
+
+
+def test_heldout_words_are_nowhere_in_the_corpus(samples):
+    texts = "\n".join(loopholes.hint(s.task) + s.completion for s in samples)
+    for row in LOOPHOLES.values():
+        for wording in row.heldout:
+            assert all(words not in texts for words in (wording.name, wording.text) if words)
+
+
+def test_the_tokenizer_and_the_batches_are_the_same_every_time(samples):
+    texts = [s.completion for s in samples]
+    first, second = train_tokenizer(iter(texts), 400), train_tokenizer(iter(texts), 400)
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    cfg = replace(OrganismCfg(), corpus=replace(SMALL, n=256))
+    one, two = (list(batches(encode(cfg, first), cfg)) for _ in range(2))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True))
+    ids, targets = one[0]
+    learned = targets >= 0
+    assert torch.equal(targets[:, :-1][learned[:, :-1]], ids[:, 1:][learned[:, :-1]])
+    assert Counter(targets[learned].tolist())[first.eos_token_id] == cfg.batch
