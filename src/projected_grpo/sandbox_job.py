@@ -1,7 +1,6 @@
 """What goes into the sandbox and what comes out of it: jobs, outcomes, and how a dead child's leavings are read."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,9 +101,9 @@ def outcome_of(job: Job, told: Mapping[str, Any], reply: bytes | None, stdout: b
     found: dict[str, Any] = {}
     status: Status = "ok"
     if told["reason"]:
-        status = {"wall": "wall_limit", "disk": "disk_limit"}[told["reason"]]
+        status = {"cpu": "cpu_limit", "wall": "wall_limit", "disk": "disk_limit"}[told["reason"]]
     elif code < 0:
-        status = "cpu_limit" if told["cpu_s"] >= 0.9 * math.ceil(job.cpu_s) else "signal"
+        status = "cpu_limit" if told["cpu_s"] >= 0.9 * job.cpu_s else "signal"
     elif not compiled:
         status = "compile_error" if reply == b"" else "bad_reply"
     body = reply[len(COMPILED) :] if compiled else b""
