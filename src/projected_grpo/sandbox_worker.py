@@ -141,7 +141,7 @@ class Worker:
                 raise SandboxError("the sandbox was closed")
             try:
                 return self.attempt(job)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SandboxError) as error:
                 self.stop()
                 if self.aborted or not attempts_left:
                     raise SandboxError(f"a job failed in two workers, for no fault of its own: {error}") from error
