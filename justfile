@@ -61,6 +61,14 @@ build-pool PRESET="organism" *ARGS:
 results *ARGS:
     {{python}} -m projected_grpo.results {{ARGS}}
 
+# where a step's time goes, against the hook form, TRL and full fine-tuning; needs the extra bench
+bench *ARGS:
+    {{python}} -m projected_grpo.bench --figure=docs/figures/bench_cost.png {{ARGS}}
+
+# what grading costs: gradings a second, against one process a grade
+bench-grading *ARGS:
+    {{python}} -m projected_grpo.bench_grading {{ARGS}}
+
 # --- arms on a GPU (Qwen3-4B) --------------------------------------------------------------------------------------
 
 # H: less hack at solve within 10 points of fast-vanilla

@@ -100,9 +100,9 @@ def test_null_is_the_mean_over_random_bases():
     G, _ = rows()
     g = {m: x.sum(0) for m, x in G.items()}
     V = basis(2, 8)
-    draws = [proj.share(g, proj.random_basis(V, seed).V) for seed in range(3000)]
+    draws = [proj.share(g, proj.random_basis(V, seed).V) for seed in range(1000)]
     rms = (sum(d**2 for d in draws) / len(draws)) ** 0.5
-    assert proj.null_share(g, V.V) == pytest.approx(rms, rel=0.03)
+    assert proj.null_share(g, V.V) == pytest.approx(rms, rel=0.04)
 
 
 def test_random_basis_is_orthonormal_with_matched_k_and_another_draw_a_seed():
