@@ -134,18 +134,20 @@ def test_v_for_another_model_is_refused(organism, basis, tmp_path, wrapped):
         vhack.load(path, wrapped[1])
 
 
-def test_a_pair_with_a_nonfinite_nll_is_named(organism, monkeypatch):
+def test_a_pair_with_a_nonfinite_nll_is_named(organism):
     model, tokenizer, knobs, chosen, cfg = organism
-    embedding = model.get_input_embeddings().weight
-    token = tokenizer.encode("zq")[0]
-    bad = replace(chosen[3], hack=chosen[3].hack + " zq", name="the bad one")
-    kept = embedding.data[token].clone()
-    embedding.data[token] = float("nan")
+    token = tokenizer.encode("Ω", add_special_tokens=False)[0]  # a byte that no other pair holds
+    bad = replace(chosen[3], hack=chosen[3].hack + "Ω", name="the bad one")
+
+    def poison(_module, args, out):
+        return out.masked_fill((args[0] == token)[..., None], float("nan"))
+
+    hook = model.get_input_embeddings().register_forward_hook(poison)
     try:
-        with pytest.raises(UserError, match="the bad one"):
+        with pytest.raises(UserError, match=r"the bad one \(hack side\)"):
             vhack.side_gradients(model, knobs, tokenizer, [*chosen[:3], bad], cfg)
     finally:
-        embedding.data[token] = kept
+        hook.remove()
 
 
 def test_the_quarantine_is_ablated_during_extraction(organism, basis):
