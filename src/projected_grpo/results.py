@@ -109,9 +109,7 @@ def main(outputs: str = "outputs") -> None:
         "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
     }  # fmt: skip
     print(tabulate(table.select(list(columns)).rows(), headers=list(columns.values()), floatfmt=".2f", missingval="–"))
-    print(
-        f"\n{len(table)} runs. Training: student rollouts, mean of the last {LAST} steps. dep: held-out problems,"
-    )
+    print(f"\n{len(table)} runs. Training: student rollouts, mean of the last {LAST} steps. dep: held-out problems,")
     print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept. null: cin of a random V.")
 
 
