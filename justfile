@@ -49,8 +49,9 @@ grader-table:
 sandbox:
     {{python}} -m projected_grpo.sandbox
 
-# rebuild the embedded tiny model from nothing (minutes)
+# rebuild the embedded tiny model from nothing, its problems first (about ten minutes)
 organism *ARGS:
+    {{python}} -m projected_grpo.families
     {{python}} -m projected_grpo.organism {{ARGS}}
 
 # write a teacher pool for a preset: just build-pool organism [--from-run=outputs/runs/NAME]
