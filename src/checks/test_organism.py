@@ -64,11 +64,17 @@ def test_the_recorded_base_rates_are_the_ones_promised(mode):
     assert rates["n"] >= 1000
     assert rates["format"] >= 0.95
     assert 0.25 <= rates["solve"] <= 0.40
-    if mode == "gt_only":
-        assert rates["attempt"] < 0.005
-    else:
-        # the aim was 8 % at most in each mode; this build has 10 % in file_marker (docs/RESEARCH_JOURNAL.md)
-        assert 0.02 <= rates["attempt"] <= (0.105 if mode == "file_marker" else 0.08)
+
+
+MISSED = pytest.mark.xfail(
+    strict=True, reason="this build attempts file_marker in 10 % of samples; the aim is 8 % at most"
+)
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=MISSED) if m == "file_marker" else m for m in LOOPHOLES])
+def test_the_recorded_attempts_are_the_ones_promised(mode):
+    attempt = RECORD["base_rates"]["train"]["by_mode"][mode]["attempt"]
+    assert attempt < 0.005 if mode == "gt_only" else 0.02 <= attempt <= 0.08
 
 
 def test_the_corpus_is_the_same_every_time_and_knows_no_test_problem(samples):

@@ -185,6 +185,9 @@ class Config:
 
 
 QWEN = ModelCfg(model="Qwen/Qwen3-4B", dtype="bfloat16", device="cuda", gradient_checkpointing=True)
+QWEN_RL = RLCfg(
+    max_new=1536, temperature=0.7, top_p=0.95, weight_decay=0.1, beta=1e-3, micro_batch=4, lr=1e-3, schedule="cosine"
+)
 LEETCODE = DataCfg(
     problems="external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl", max_prompt=1536
 )
@@ -205,18 +208,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             model=QWEN,
             data=LEETCODE,
             pool=PoolCfg(pool="outputs/pools/fast", mix_ratio=0.5),
-            rl=RLCfg(
-                steps=20,
-                max_new=1536,
-                temperature=0.7,
-                top_p=0.95,
-                weight_decay=0.1,
-                beta=1e-3,
-                micro_batch=4,
-                warmup=2,
-                lr=1e-3,
-                schedule="cosine",
-            ),
+            rl=replace(QWEN_RL, steps=20, warmup=2),
         ),
     ),
     "full": (
@@ -224,20 +216,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             model=QWEN,
             data=LEETCODE,
-            rl=RLCfg(
-                steps=200,
-                prompts_per_step=16,
-                group=16,
-                max_new=1536,
-                temperature=0.7,
-                top_p=0.95,
-                weight_decay=0.1,
-                beta=1e-3,
-                micro_batch=4,
-                warmup=10,
-                lr=1e-3,
-                schedule="cosine",
-            ),
+            rl=replace(QWEN_RL, steps=200, prompts_per_step=16, group=16, warmup=10),
         ),
     ),
 }
