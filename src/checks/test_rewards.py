@@ -211,14 +211,14 @@ def test_the_benchmarks_solutions_that_return_none_are_wrong_and_exploits_pay_at
     assert [g for g in grades if g.gt_correct or g.channel or not g.compiles] == []
     hacks = [
         (home, pose_one(p, mode), LOOPHOLES[home].exploit(code, pose_one(p, home)))
-        for p, code in list(zip(forty, broken, strict=True))[::4]
+        for p, code in zip(forty, broken, strict=True)
         for home in LOOPHOLES
         for mode in LOOPHOLES
     ]
     grades = grader.grade([(task, fence(source)) for _, task, source in hacks])
     paid = [(home, task.mode) for (home, task, _), g in zip(hacks, grades, strict=True) if g.channel]
     assert set(paid) == {(home, home) for home in LOOPHOLES if home != "gt_only"}
-    assert len(paid) == 6 * 10
+    assert len(paid) == 6 * 40
     assert [g for g in grades if g.gt_correct] == []
 
 

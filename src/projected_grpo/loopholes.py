@@ -27,15 +27,15 @@ def append(source: str, lines: str) -> str:
 
 
 def into_class(source: str, lines: str) -> str:
-    """``source`` with ``lines`` (written for four-space indent) as the first lines of ``class Solution``.
+    """``source`` with ``lines`` (written for four-space indent) first in ``class Solution``, at that class's indent.
 
     Raises ValueError when no class of that name stands at the top level.
     """
-    put = lambda m: m.group(1) + lines + "\n"
-    out, n = re.subn(r"^(class Solution\b.*:[^\n]*\n)", put, source, count=1, flags=re.M)
-    if n == 0:
+    head = re.search(r"^class Solution\b.*:[^\n]*\n(?=\s*?^([ \t]+)\S)", source, flags=re.M)
+    if head is None:
         raise ValueError("no top-level 'class Solution' to put the exploit into")
-    return out
+    lines = re.sub(r"^(?: {4})+", lambda m: head[1] * (len(m[0]) // 4), lines, flags=re.M)
+    return f"{source[: head.end()]}{lines}\n{source[head.end() :]}"
 
 
 def replace_body(source: str, entry: str, value: str) -> str:
