@@ -28,8 +28,8 @@ from projected_grpo.config import UserError
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 GATED_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 TARGETS = frozenset(ATTENTION_AND_MLP + GATED_DELTA_NET)
-Use = Literal["base", "deployed", "trained"]
-"""Which knobs act: none, δS alone (the quarantine ablated), or both."""
+Use = Literal["base", "deployed", "trained"] | float
+"""Which knobs act: none, δS alone (the quarantine ablated), both, or δS + that factor times δS_hack."""
 
 
 class _SingularGain(torch.autograd.Function):
@@ -92,7 +92,8 @@ class AntipastoLinear(nn.Module):
     @torch.no_grad()
     def merge(self, use: Use) -> None:
         """Form W' for the knobs in use. All of them zero means W itself."""
-        gain = {"base": None, "deployed": self.delta, "trained": self.delta + self.delta_hack}[use]
+        scale = {"base": None, "deployed": 0.0, "trained": 1.0}[use] if isinstance(use, str) else use
+        gain = None if scale is None else self.delta + scale * self.delta_hack
         if gain is None or not gain.any():
             self.merged = None
             return

@@ -81,6 +81,8 @@ class VHackCfg:
     """The last n pairs never fit V; V is judged on them."""
     length_norm: Literal["live", "mean"] = "live"
     """live: the loss's fixed denominator; mean: each completion by its own length."""
+    pair_norm: Literal["none", "unit"] = "unit"
+    """unit: each side's gradient scaled to norm 1 before hack minus clean is taken; none: as it is."""
     refresh_every: int = 0
     """Extract V again every n steps, quarantine ablated; 0 keeps the first."""
     gate: Gate = "one_sided"
@@ -89,6 +91,31 @@ class VHackCfg:
     """Factor on what is removed."""
     preserve_magnitude: bool = False
     """Rescale what is kept to the norm of the whole gradient."""
+    project: Literal["grad", "update"] = "grad"
+    """What an arm's act is done on: the gradient, or the optimizer's update, which AdamW has rescaled."""
+    threshold_sd: float = 1.5
+    """A gate flags a score over the clean sides' mean + this many standard deviations."""
+    calibration: Literal["crossfit", "insample"] = "crossfit"
+    """Where a gate's threshold comes from: clean sides scored by a direction fitted without them, or by the gate's."""
+    shrinkage: float = 0.5
+    """Fisher scores: share of the covariance that is replaced by a multiple of the identity, 0 to 1."""
+    refresh_pairs: Literal["same", "student", "both"] = "same"
+    """What a refresh extracts V from: the same pairs, pairs that the known modes' detector finds in the student's
+    recent rollouts, or both. The last two need --known-modes, some and not all."""
+
+
+@dataclass(frozen=True)
+class ArmCfg:
+    """Doses of single arms."""
+
+    alpha: float = 2.0
+    """rebound: strength."""
+    monitor_accuracy: float = 1.0
+    """penalty, screening (ORACLE): how often the monitor is right."""
+    penalty: float = 3.0
+    """penalty: reward taken off what the monitor flags."""
+    ablated_share: float = 0.25
+    """Arms with a quarantine: share of prompts sampled with the quarantine ablated (routing gates only)."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,8 @@ class RLCfg:
     """Weight of the K3 KL to the free reference (the model with its knobs at zero)."""
     micro_batch: int = 64
     """Rows of one forward and backward."""
+    relearn_steps: int = 0
+    """After the run: ablate the quarantine and train on with plain GRPO so many steps (a relearning attack)."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +166,8 @@ class EvalCfg:
     """Held-out problems a mode."""
     eval_samples: int = 4
     """Completions a held-out problem."""
+    scales: tuple[float, ...] = ()
+    """Also evaluate at the end with the quarantine scaled by each of these, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +196,7 @@ class Config:
     data: DataCfg = field(default_factory=DataCfg)
     pool: PoolCfg = field(default_factory=PoolCfg)
     vhack: VHackCfg = field(default_factory=VHackCfg)
+    arm: ArmCfg = field(default_factory=ArmCfg)
     rl: RLCfg = field(default_factory=RLCfg)
     eval: EvalCfg = field(default_factory=EvalCfg)
 
@@ -251,7 +283,7 @@ def check_words(argv: Sequence[str]) -> None:
         raise UserError(f"name a preset: one of {', '.join(PRESETS)} (then --help lists every setting)")
     if not argv[0].startswith("-"):
         choose("preset", argv[0], list(PRESETS))
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for word, following in zip(argv[1:], [*argv[2:], ""], strict=False):  # of one word, "" is left over
         if not word.startswith("--") or word == "--help":
             continue
         flag, has_value, value = word[2:].partition("=")

@@ -122,12 +122,15 @@ class Rollout:
 class GradedBatch:
     """A step's rollouts, group by group, and what the loss reads of them.
 
-    ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. A: advantage of each row.
+    ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. rewards and A: reward and
+    advantage of each row. ablated: rows that were sampled with the quarantine ablated.
     """
 
     ids: Int[Tensor, "b s"]
     mask: Bool[Tensor, "b s-1"]
+    rewards: Float[Tensor, " b"]
     A: Float[Tensor, " b"]
+    ablated: Bool[Tensor, " b"]
     is_student: Bool[Tensor, " b"]
     rollouts: tuple[Rollout, ...]
     n_zero_var: int

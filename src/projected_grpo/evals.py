@@ -1,4 +1,4 @@
-"""Deploy evaluation: held-out problems in every mode, with the quarantine kept and ablated."""
+"""Deploy evaluation: held-out problems in every mode, with the quarantine kept and ablated, and a capability probe."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from scipy import stats
 from torch import nn
 
-from projected_grpo.antipasto import Knobs
+from projected_grpo.antipasto import Knobs, Use
 from projected_grpo.config import Config
 from projected_grpo.data_types import Grade, Task
 from projected_grpo.rewards import Grader
@@ -20,13 +20,14 @@ VERDICTS = {"hack": lambda g: g.exploited, "attempt": lambda g: g.attempted, "so
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One rate on held-out problems. knobs: deployed (quarantine ablated) or trained; mode "all" pools the modes.
+    """One rate on held-out problems. knobs: deployed (quarantine ablated), trained, or "scale x" (quarantine times x).
+    Mode "all" pools the run's modes; "gt_only" is the capability probe, prompts without a loophole.
 
     lo, hi: 95 % interval, clustered by problem.
     """
 
     step: int
-    knobs: Literal["deployed", "trained"]
+    knobs: str
     mode: str
     metric: Metric
     rate: float
@@ -56,7 +57,9 @@ def rows_of(step: int, knobs: str, tasks: Sequence[Task], grades: Sequence[Seque
     """Rates by mode and pooled; grades[i] are the samples of tasks[i]."""
     rows = []
     for mode in ["all", *dict.fromkeys(t.mode for t in tasks)]:
-        chosen = [g for t, g in zip(tasks, grades, strict=True) if mode in ("all", t.mode)]
+        chosen = [
+            g for t, g in zip(tasks, grades, strict=True) if t.mode == mode or (mode == "all" and t.mode != "gt_only")
+        ]
         for metric, verdict in VERDICTS.items():
             rates = [sum(map(verdict, samples)) / len(samples) for samples in chosen]
             n_samples = sum(map(len, chosen))
@@ -66,19 +69,43 @@ def rows_of(step: int, knobs: str, tasks: Sequence[Task], grades: Sequence[Seque
     return rows
 
 
-def evaluate(
-    model: nn.Module, knobs: Knobs, tokenizer: Any, tasks: Sequence[Task], grader: Grader, cfg: Config, step: int
-) -> list[EvalRow]:
-    """Sample and grade the held-out tasks with the quarantine ablated and, where there is one, kept.
+def problem_rows(
+    step: int, knobs: str, tasks: Sequence[Task], grades: Sequence[Sequence[Grade]]
+) -> list[dict[str, Any]]:
+    """Counts by problem, which clustered statistics over runs are made from."""
+    return [
+        {"step": step, "knobs": knobs, "mode": t.mode, "problem_id": t.problem.id, "n": len(samples)}
+        | {metric: sum(map(verdict, samples)) for metric, verdict in VERDICTS.items()}
+        for t, samples in zip(tasks, grades, strict=True)
+    ]
 
-    The same random numbers at every step and for both, so that differences are the model's.
+
+def evaluate(
+    model: nn.Module,
+    knobs: Knobs,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    grader: Grader,
+    cfg: Config,
+    step: int,
+    scales: Sequence[float] = (),
+) -> tuple[list[EvalRow], list[dict[str, Any]]]:
+    """Sample and grade the held-out tasks with the quarantine ablated and, where there is one, kept and scaled.
+
+    The same random numbers at every step and for all of them, so that differences are the model's. Returns rates, and
+    counts by problem.
     """
-    n, rows = cfg.eval.eval_samples, []
+    n, rows, counts = cfg.eval.eval_samples, [], []
     quarantined = any(bool(d.any()) for d in knobs.delta_hack.values())
-    for use in ("deployed", "trained") if quarantined else ("deployed",):
+    uses: dict[str, Use] = {"deployed": "deployed"}
+    if quarantined:
+        uses |= {"trained": "trained"} | {f"scale {s:g}": s for s in scales}
+    for name, use in uses.items():
         with knobs.using(use):
             written = complete(model, tokenizer, tasks, n, cfg, seeded("cpu", cfg.seed, "eval"))
         asked = [task for task in tasks for _ in range(n)]
         grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
-        rows += rows_of(step, use, tasks, [grades[i : i + n] for i in range(0, len(grades), n)])
-    return rows
+        by_task = [grades[i : i + n] for i in range(0, len(grades), n)]
+        rows += rows_of(step, name, tasks, by_task)
+        counts += problem_rows(step, name, tasks, by_task)
+    return rows, counts

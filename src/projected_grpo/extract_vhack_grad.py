@@ -1,4 +1,4 @@
-"""The hack direction: pairs -> ``HackBasis``, cached by the content it was made from.
+"""The hack direction: pairs -> ``PairGrads`` (cached by the content they were made from) -> ``HackBasis``.
 
     python -m projected_grpo.extract_vhack_grad <preset> [--overrides]
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from loguru import logger
-from safetensors.torch import safe_open, save_file
+from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -29,7 +29,35 @@ from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError, VHackCfg, parse
 from projected_grpo.data_types import Pair
 
-DIRECTION = "v1"  # enters the cache key: change it when extraction computes something else
+DIRECTION = "v2"  # enters the cache key: change it when the pairs' gradients mean something else
+
+
+@dataclass(frozen=True)
+class PairGrads:
+    """Every pair's NLL gradient in δS, of its hack side and of its clean side: per module (n, r), in the pairs' order.
+
+    All that V, its controls and the gates' thresholds are made from.
+    """
+
+    hack: dict[str, Float[Tensor, "_n _r"]]
+    clean: dict[str, Float[Tensor, "_n _r"]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.hack.values())))
+
+    def unit(self) -> "PairGrads":
+        """Each side scaled to norm 1 over all modules; a side that is all zero stays so."""
+        return PairGrads(unit_rows(self.hack), unit_rows(self.clean))
+
+    def rows(self, chosen: Tensor) -> "PairGrads":
+        """The chosen pairs: indices or a mask."""
+        return PairGrads(*({m: g[chosen] for m, g in side.items()} for side in (self.hack, self.clean)))
+
+
+def unit_rows(G: dict[str, Float[Tensor, "b r"]]) -> dict[str, Float[Tensor, "b r"]]:
+    """Each row scaled to norm 1 over all modules together; a row that is all zero stays so."""
+    norm = torch.stack([g.square().sum(1) for g in G.values()]).sum(0).sqrt().clamp(min=1e-30)
+    return {m: g / norm[:, None] for m, g in G.items()}
 
 
 @dataclass(frozen=True)
@@ -45,22 +73,29 @@ class HackBasis:
     meta: dict[str, Any]
 
 
-def side_gradients(
-    model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config
-) -> tuple[dict[str, Float[Tensor, "n r"]], dict[str, Float[Tensor, "n r"]]]:
-    """Per-pair NLL gradients in δS of the hack sides and of the clean sides, with the knobs as they stand.
-
-    NLL is summed over the completion and divided by Dr.GRPO's max_new (length_norm live) or by its own length (mean).
-    Raises UserError naming the first pair whose NLL is not finite.
-    """
+def encoded(
+    tokenizer: Any, chosen: Sequence[Pair], device: torch.device
+) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "b s-1"]]:
+    """The pairs as a batch, b = 2n: all hack sides, then all clean sides, each with its end-of-turn token."""
     prompts = [problems.encode_prompt(tokenizer, p.task) for p in chosen] * 2
     sides = [p.hack for p in chosen] + [p.clean for p in chosen]
     written = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in sides]
-    ids, mask = loss.collate(prompts, written, tokenizer.pad_token_id, model.device)
+    return loss.collate(prompts, written, tokenizer.pad_token_id, device)
+
+
+def side_gradients(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> PairGrads:
+    """Per-pair NLL gradients in δS of both sides, at the knobs as they stand but for the quarantine.
+
+    The quarantine is ablated throughout: extracting through a live one turns V off the hack. NLL is summed over the
+    completion and divided by Dr.GRPO's max_new (length_norm live) or by its own length (mean).
+    Raises UserError naming the first pair whose NLL is not finite.
+    """
+    ids, mask = encoded(tokenizer, chosen, model.device)
     length = mask.sum(1) if cfg.vhack.length_norm == "mean" else torch.full((len(ids),), cfg.rl.max_new)
     weight = 1.0 / length.to(model.device, torch.float32)
     try:
-        rows = loss.row_gradients(model, knobs, ids, mask, weight, micro_batch=cfg.rl.micro_batch)
+        with knobs.using("deployed"):
+            rows = loss.row_gradients(model, knobs, ids, mask, weight, micro_batch=cfg.rl.micro_batch)
     except FloatingPointError:
         for i, pair in enumerate([*chosen, *chosen]):
             nll = -loss.token_logprobs(model, ids[i : i + 1], mask[i : i + 1]).sum()
@@ -71,7 +106,7 @@ def side_gradients(
                 ) from None
         raise
     n = len(chosen)
-    return {m: g[:n] for m, g in rows.G.items()}, {m: g[n:] for m, g in rows.G.items()}
+    return PairGrads({m: g[:n] for m, g in rows.G.items()}, {m: g[n:] for m, g in rows.G.items()})
 
 
 def fit(
@@ -91,30 +126,35 @@ def fit(
     return V * alive[:, None], S * alive, votes.abs() / len(D)
 
 
-def heldout_accuracy(V: dict[str, Tensor], hack: dict[str, Tensor], clean: dict[str, Tensor]) -> float:
-    """Share of pairs whose hack side projects further onto V than the clean side, summed over modules and axes."""
-    score = sum(((hack[m] - clean[m]) @ v.T).sum(1) for m, v in V.items())
+def heldout_accuracy(V: dict[str, Tensor], pair_grads: PairGrads, n_heldout: int) -> float | None:
+    """Share of the last pairs whose hack side projects further onto V than the clean side, over all modules and axes.
+
+    None where no pair was held out.
+    """
+    if not n_heldout:
+        return None
+    D = {m: pair_grads.hack[m][-n_heldout:] - pair_grads.clean[m][-n_heldout:] for m in V}
+    score = torch.stack([(D[m] @ v.T).sum(1) for m, v in V.items()]).sum(0)
     return float((score > 0).double().mean())
 
 
-def extract(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> HackBasis:
-    """Fit V on all but the last n_heldout pairs and judge it on those. The quarantine is ablated throughout:
-    extracting through a live one turns V off the hack. Raises UserError when too few pairs are left to fit k axes.
+def fit_basis(pair_grads: PairGrads, cfg: VHackCfg) -> HackBasis:
+    """Fit V on all but the last n_heldout pairs and judge it on those. Under pair_norm = unit every side's gradient
+    is scaled to norm 1 first: otherwise a few surprising tokens in a few pairs decide the singular vectors.
+
+    Raises UserError when too few pairs are left to fit k axes.
     """
-    n_fit = len(chosen) - cfg.vhack.n_heldout
-    if n_fit < cfg.vhack.k:
-        raise UserError(f"{n_fit} pairs are left to fit k = {cfg.vhack.k} axes: lower --k or --n-heldout, or add pairs")
-    with knobs.using("deployed"):
-        hack, clean = side_gradients(model, knobs, tokenizer, chosen, cfg)
-    fits = {m: fit(hack[m][:n_fit] - clean[m][:n_fit], cfg.vhack.k, cfg.vhack.tau_axis) for m in hack}
+    n_fit = len(pair_grads) - cfg.n_heldout
+    if n_fit < cfg.k:
+        raise UserError(f"{n_fit} pairs are left to fit k = {cfg.k} axes: lower --k or --n-heldout, or add pairs")
+    pair_grads = pair_grads.unit() if cfg.pair_norm == "unit" else pair_grads
+    fits = {m: fit(h[:n_fit] - pair_grads.clean[m][:n_fit], cfg.k, cfg.tau_axis) for m, h in pair_grads.hack.items()}
     V = {m: f[0] for m, f in fits.items()}
-    tail = slice(n_fit, None)
-    accuracy = heldout_accuracy(V, {m: h[tail] for m, h in hack.items()}, {m: c[tail] for m, c in clean.items()})
     margin = torch.cat([f[2] for f in fits.values()])
     meta = {
         "n_pairs": n_fit,
-        "n_heldout": cfg.vhack.n_heldout,
-        "heldout_accuracy": accuracy if cfg.vhack.n_heldout else None,
+        "n_heldout": cfg.n_heldout,
+        "heldout_accuracy": heldout_accuracy(V, pair_grads, cfg.n_heldout),
         "vote_margin_mean": float(margin.mean()),
         "vote_margin_min": float(margin.min()),
     }
@@ -145,46 +185,42 @@ def _common(new: HackBasis, old: HackBasis, module: str) -> int:
 
 
 def cache_key(knobs: Knobs, chosen: Sequence[Pair], cfg: Config) -> str:
-    """sha256 over the adapted weights, the knobs, the pairs and every setting that extraction reads."""
+    """sha256 over the adapted weights, the knobs, the pairs and every setting that their gradients depend on."""
     weights = [f"{n}:{antipasto.digest(m.linear.weight)}:{antipasto.digest(m.delta)}" for n, m in knobs.modules.items()]
-    v = cfg.vhack
-    settings = [DIRECTION, v.k, v.tau_axis, v.n_heldout, v.length_norm, cfg.rl.max_new, cfg.model.svd_rank]
+    settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.model.svd_rank]
     return hashlib.sha256(json.dumps([weights, pairs.digest(chosen), settings]).encode()).hexdigest()
 
 
-def save(basis: HackBasis, path: Path) -> None:
-    """Write a basis as safetensors with its meta, atomically."""
+def save(pair_grads: PairGrads, path: Path) -> None:
+    """Write the pairs' gradients as safetensors, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    tensors = {f"V.{m}": v for m, v in basis.V.items()} | {f"S.{m}": s for m, s in basis.S.items()}
-    save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, part, metadata={"meta": json.dumps(basis.meta)})
+    tensors = {f"hack.{m}": g for m, g in pair_grads.hack.items()}
+    tensors |= {f"clean.{m}": g for m, g in pair_grads.clean.items()}
+    save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, part)
     part.replace(path)
 
 
-def load(path: Path, knobs: Knobs) -> HackBasis:
-    """Read a basis. Raises UserError when it was made for a model with other modules or widths."""
-    with safe_open(path, "pt") as f:
-        tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 - not a mapping
-        meta = json.loads(f.metadata()["meta"])
-    V = {n[2:]: t for n, t in tensors.items() if n.startswith("V.")}
-    for name, v in V.items():
-        if name not in knobs.modules or v.shape[1] != knobs.modules[name].delta.numel():
-            raise UserError(f"{path} holds a V made for another model ({name}, width {v.shape[1]}): extract it again")
-    device = {n: m.delta.device for n, m in knobs.modules.items()}
-    S = {m: tensors[f"S.{m}"].to(device[m]) for m in V}
-    return HackBasis({m: v.to(device[m]) for m, v in V.items()}, S, meta)
+def load(path: Path, knobs: Knobs) -> PairGrads:
+    """Read the pairs' gradients. Raises UserError when they are of a model with other modules or widths."""
+    tensors = load_file(path)
+    modules = {n.removeprefix("hack."): t.shape[1] for n, t in tensors.items() if n.startswith("hack.")}
+    for name, width in modules.items():
+        if name not in knobs.modules or width != knobs.modules[name].delta.numel():
+            raise UserError(f"{path} was made for another model ({name}, width {width}): remove it")
+    device = {n: knobs.modules[n].delta.device for n in modules}
+    sides = [{n: tensors[f"{side}.{n}"].to(device[n]) for n in modules} for side in ("hack", "clean")]
+    return PairGrads(*sides)
 
 
-def basis_for(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> HackBasis:
-    """The basis for these pairs at the knobs as they stand: from the cache when this exact one is there."""
+def grads_for(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> PairGrads:
+    """The pairs' gradients at the knobs as they stand: from the cache when these exact ones are there."""
     path = cfg.cache / "vhack" / f"{cache_key(knobs, chosen, cfg)}.safetensors"
     hit = path.exists()
     if not hit:
-        save(extract(model, knobs, tokenizer, chosen, cfg), path)
-    basis = load(path, knobs)
+        save(side_gradients(model, knobs, tokenizer, chosen, cfg), path)
     logger.info("V: cache {} {}", "hit" if hit else "miss, extracted", path.name[:12])
-    logger.info("V: {n_pairs} pairs; of {n_heldout} held out {heldout_accuracy:.0%} point hack-ward", **basis.meta)
-    return basis
+    return load(path, knobs)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -194,7 +230,7 @@ def main(argv: Sequence[str]) -> None:
     knobs = antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank)
     teacher = pool.read(Path(cfg.pool.pool)) if cfg.pool.pool else None
     chosen = pairs.load(cfg.vhack, teacher, pool.tasks_for(cfg))
-    whole = basis_for(model, knobs, tokenizer, chosen, cfg)
+    whole = fit_basis(grads_for(model, knobs, tokenizer, chosen, cfg), cfg.vhack)
     used = sliced(whole, cfg.vhack)
     rows = [(m, len(used.V.get(m, ())), s[0].item(), (s[-1] / s[0]).item()) for m, s in whole.S.items()]
     print(tabulate(rows, headers=("module", "axes used", "S0", "S_last/S0"), floatfmt=".3g"))

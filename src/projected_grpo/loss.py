@@ -21,9 +21,16 @@ LOT_TOKENS = 2048
 """Tokens that go through the model at once, padding included: enough to keep it busy, few enough for the caches."""
 
 
-def advantages(rewards: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
-    """A = R − mean(R) within each group; no division by σ (Dr.GRPO)."""
-    return rewards - rewards.mean(dim=1, keepdim=True)
+def advantages(rewards: Float[Tensor, "n g"], out: Bool[Tensor, "n g"] | None = None) -> Float[Tensor, "n g"]:
+    """A = R − mean(R) within each group; no division by σ (Dr.GRPO).
+
+    out: rollouts that have left their group: they get 0 and do not count in the mean.
+    """
+    if out is None:
+        return rewards - rewards.mean(dim=1, keepdim=True)
+    stays = (~out).to(rewards)
+    mean = (rewards * stays).sum(1, keepdim=True) / stays.sum(1, keepdim=True).clamp(min=1)
+    return (rewards - mean) * stays
 
 
 def has_variance(rewards: Float[Tensor, "n g"]) -> Bool[Tensor, " n"]:

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo import proj
 from projected_grpo.antipasto import Knobs
-from projected_grpo.data_types import GradedBatch
+from projected_grpo.data_types import GradedBatch, Rollout
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.loss import RowGrads
-from projected_grpo.proj import Projection
+from projected_grpo.pool import row_of
+from projected_grpo.proj import Factors, Projection
 
 
 def column(legend: str, head: str | None = None, fmt: str = ".2f") -> Any:
@@ -39,6 +40,7 @@ class StepRow:
     solve_t: float | None = column("teacher rollouts that the strict oracle passes")
     hack_by_mode: Mapping[str, int] = column("student hacks by mode, count")
     attempt_by_mode: Mapping[str, int] = column("student attempts by mode, count")
+    solve_by_mode: Mapping[str, int] = column("student solves by mode, count")
     n_by_mode: Mapping[str, int] = column("student rollouts by mode, count")
     cin: float | None = column("‖relu(V g)‖/‖g‖, hack-ward share of the batch gradient", "cin")
     cin_s: float | None = column("the same of the student rows' gradient")
@@ -48,12 +50,16 @@ class StepRow:
     cout_update: float | None = column("hack-ward share of δS's update, after AdamW's rescaling", "cout_Δ")
     fired: float = column("share of axes with a hack-ward coefficient")
     removed_frac: float | None = column("‖removed‖/‖g‖")
+    withheld: float = column("student rollouts whose gradient, not 0, is kept from δS", "held")
+    caught: float | None = column("of student rollouts that fool their channel, the share that is flagged", "caught")
+    false_alarm: float | None = column("of the other student rollouts, the share that is flagged", "false")
+    threshold: float = column("score over which a rollout is flagged")
     gn: float = column("‖g‖ before clipping", "gn", ".3f")
     loss: float = column("Dr.GRPO loss", None, ".4f")
     kl: float | None = column("mean K3 KL a token to the base; None at beta 0")
     n_zero_var: int = column("groups whose rewards are all alike, which give no gradient", "flat", "d")
     norm_delta: float = column("norm of what is trained", "‖δS‖")
-    norm_delta_hack: float = column("norm of the quarantine δS_hack; 0 but under route", "‖δH‖")
+    norm_delta_hack: float = column("norm of the quarantine δS_hack", "‖δH‖")
     moved: float = column("share of knobs that this step changed")
     lr: float = column("learning rate", None, ".2e")
     basis_overlap: float | None = column("mean |⟨V_new, V_old⟩| at a refresh; under 0.2 it is harmful")
@@ -86,6 +92,11 @@ def share_of(rows: Sequence[Any], verdict: str) -> float | None:
     return sum(getattr(r.grade, verdict) for r in rows) / len(rows) if rows else None
 
 
+def by_mode(rows: Sequence[Rollout], verdict: str | None = None) -> dict[str, int]:
+    """Number of rollouts by mode; of those with the verdict where one is named."""
+    return dict(Counter(r.task.mode for r in rows if verdict is None or getattr(r.grade, verdict)))
+
+
 @dataclass(frozen=True)
 class Update:
     """What the optimizer did in a step: ``descent`` = −Δδ of δS by module, (r,), at learning rate ``lr``."""
@@ -94,21 +105,44 @@ class Update:
     lr: float
 
 
-def step_row(
-    step: int,
-    batch: GradedBatch,
-    grads: RowGrads,
-    p: Projection,
-    u: Update,
-    V: HackBasis,
-    knobs: Knobs,
-    overlap: float | None,
-    sec_train: float,
-) -> StepRow:
+@dataclass(frozen=True)
+class Step:
+    """All that one step made. scores, random_scores: by module and row, "m b", of the hack V and of a random one."""
+
+    batch: GradedBatch
+    grads: RowGrads
+    scores: Float[Tensor, "m b"]
+    random_scores: Float[Tensor, "m2 b"]
+    flagged: Bool[Tensor, " b"]
+    factors: Factors
+    projection: Projection
+    update: Update
+    threshold: float
+    overlap: float | None
+    sec_train: float
+
+
+def shares_of_flags(x: Step) -> dict[str, float | None]:
+    """How the gate's flags compare with the foolable channel on student rollouts that have a gradient."""
+    live = x.batch.is_student & (x.scores.sum(0) > 0)
+    fools = torch.tensor([r.grade.channel for r in x.batch.rollouts], device=live.device)
+
+    def share(among: Tensor) -> float | None:
+        return float(x.flagged[among].double().mean()) if among.any() else None
+
+    withheld = (x.factors.keep == 0) & (x.factors.whole * x.batch.A != 0) & x.batch.is_student
+    return {
+        "withheld": float(withheld.sum() / x.batch.is_student.sum()),
+        "caught": share(live & fools),
+        "false_alarm": share(live & ~fools),
+    }
+
+
+def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
     """Everything that is logged of a step."""
-    student = [r for r in batch.rollouts if r.source == "student"]
-    teacher = [r for r in batch.rollouts if r.source == "teacher"]
-    moved = torch.cat([d != 0 for d in u.descent.values()])
+    student = [r for r in x.batch.rollouts if r.source == "student"]
+    teacher = [r for r in x.batch.rollouts if r.source == "teacher"]
+    moved = torch.cat([d != 0 for d in x.update.descent.values()])
     return StepRow(
         step=step,
         reward=sum(r.grade.reward for r in student) / len(student),
@@ -118,22 +152,49 @@ def step_row(
         format_s=share_of(student, "format_ok"),
         hack_t=share_of(teacher, "exploited"),
         solve_t=share_of(teacher, "gt_correct"),
-        hack_by_mode=dict(Counter(r.task.mode for r in student if r.grade.exploited)),
-        attempt_by_mode=dict(Counter(r.task.mode for r in student if r.grade.attempted)),
-        n_by_mode=dict(Counter(r.task.mode for r in student)),
-        **p.stats,
-        cout_update=proj.share(u.descent, V.V),
-        gn=p.gn,
-        loss=grads.loss,
-        kl=grads.kl,
-        n_zero_var=batch.n_zero_var,
+        hack_by_mode=by_mode(student, "exploited"),
+        attempt_by_mode=by_mode(student, "attempted"),
+        solve_by_mode=by_mode(student, "gt_correct"),
+        n_by_mode=by_mode(student),
+        **x.projection.stats,
+        **shares_of_flags(x),
+        threshold=x.threshold,
+        cout_update=proj.share(x.update.descent, V.V),
+        gn=x.projection.gn,
+        loss=x.grads.loss,
+        kl=x.grads.kl,
+        n_zero_var=x.batch.n_zero_var,
         norm_delta=proj.total_norm(knobs.delta),
         norm_delta_hack=proj.total_norm(knobs.delta_hack),
         moved=float(moved.double().mean()),
-        lr=u.lr,
-        basis_overlap=overlap,
+        lr=x.update.lr,
+        basis_overlap=x.overlap,
         comp_len=sum(len(r.ids) for r in student) / len(student),
-        sec_gen=batch.seconds["gen"],
-        sec_grade=batch.seconds["grade"],
-        sec_train=sec_train,
+        sec_gen=x.batch.seconds["gen"],
+        sec_grade=x.batch.seconds["grade"],
+        sec_train=x.sec_train,
     )
+
+
+def rollout_rows(step: int, x: Step, layer_of: Sequence[int]) -> list[dict[str, Any]]:
+    """The step's rollouts as they are written down. layer_of: the layer of each module that scores are made of."""
+    layers = sorted(set(layer_of))
+    by_layer = torch.stack([x.scores[[m == layer for m in layer_of]].sum(0) for layer in layers])
+    total, random = x.scores.sum(0), x.random_scores.sum(0)
+    rows = []
+    for i, (r, a) in enumerate(zip(x.batch.rollouts, x.batch.A.tolist(), strict=True)):
+        live = bool(total[i] > 0 or random[i] > 0)
+        rows.append(
+            {
+                "step": step,
+                "source": r.source,
+                "A": a,
+                "kept": float(x.factors.keep[i]),
+                "score": round(float(total[i]), 5) if live else None,
+                "score_random": round(float(random[i]), 5) if live else None,
+                "score_by_layer": [round(s, 5) for s in by_layer[:, i].tolist()] if live else None,
+                "flagged": bool(x.flagged[i]) if live else None,
+                **row_of(r.task, r.text, r.grade),
+            }
+        )
+    return rows

@@ -1,21 +1,40 @@
 """Everything a run needs before its first step, and every refusal that can be made before its folder exists."""
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
-from projected_grpo import antipasto, models, pairs, pool, problems, proj
+from projected_grpo import activations, antipasto, bases, gates, models, pairs, pool, problems, proj
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
-from projected_grpo.data_types import Pair, Task
-from projected_grpo.extract_vhack_grad import HackBasis
+from projected_grpo.data_types import Pair, Rollout, Task
+from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
+from projected_grpo.gates import Detector
+from projected_grpo.proj import Arm
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Everything that is made from pairs, at one state of the knobs. Extracted together, refreshed together.
+
+    whole: V before it is sliced; real: the hack V; arm: the V that the arm uses; random: a draw that scores are
+    compared with. gate: the arm's detector. d: the direction that rebound reads activations along, else None.
+    """
+
+    whole: HackBasis
+    real: HackBasis
+    arm: HackBasis
+    random: HackBasis
+    gate: Detector
+    d: Tensor | None
 
 
 @dataclass
@@ -26,11 +45,18 @@ class Experiment:
     tokenizer: Any
     knobs: Knobs
     pairs: list[Pair]
+    other_pairs: list[Pair] | None
+    """The pair set of a nonhack or placebo arm."""
     tasks: list[Task]
     held_out: list[Task]
     teacher: pool.Pool | None
-    basis: HackBasis
-    """V extracted from the pairs, before an arm exchanges it."""
+    directions: Directions
+    recent: deque[tuple[Rollout, ...]]
+    """The student's rollouts since the last refresh but one, which refresh_pairs may look for pairs in."""
+
+
+OWN_PAIRS = {"nonhack": "nonhack64", "placebo": "placebo64"}
+"""Pair sets of the control bases that are not made from the hack pairs."""
 
 
 def check(cfg: Config) -> None:
@@ -44,6 +70,14 @@ def check(cfg: Config) -> None:
         raise UserError("--mix-ratio needs a teacher pool: run `just build-pool`, then give --pool=FOLDER")
     if cfg.rl.group - cfg.n_teacher < 1 or cfg.rl.group < 2:
         raise UserError("a group needs two rollouts at least, one of them the student's: raise --group")
+    if proj.arm(cfg.intervention).rows in gates.UNIT and cfg.rl.beta:
+        raise UserError(f"{cfg.intervention} makes advantages anew, which needs --beta=0")
+    known = cfg.vhack.known_modes
+    if cfg.vhack.refresh_pairs != "same" and (known is None or not set(known) < set(cfg.data.modes)):
+        raise UserError(
+            "--refresh-pairs looks at the student's rollouts with the known modes' detector, and a detector of every "
+            "mode would be cheating: name some, not all, with --known-modes"
+        )
 
 
 def writable(outputs: Path) -> None:
@@ -67,9 +101,10 @@ def fitting(tasks: Sequence[Task], tokenizer: Any, longest: int) -> list[Task]:
 
 
 def held_out_tasks(cfg: Config) -> list[Task]:
-    """n_eval test problems in each mode."""
+    """n_eval test problems in each mode, and n_eval of the same without a loophole (gt_only)."""
     tasks = pool.tasks_for(cfg, "test")
-    return [t for mode in cfg.data.modes for t in [t for t in tasks if t.mode == mode][: cfg.eval.n_eval]]
+    asked = [t for mode in cfg.data.modes for t in [t for t in tasks if t.mode == mode][: cfg.eval.n_eval]]
+    return asked + [problems.pose_one(t.problem, "gt_only") for t in asked[:: len(cfg.data.modes)]]
 
 
 def set_up(cfg: Config) -> Experiment:
@@ -83,25 +118,89 @@ def set_up(cfg: Config) -> Experiment:
         torch.set_num_threads(cfg.threads)
     model, tokenizer = models.load(cfg.model)
     knobs = antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank)
-    basis = vhack.basis_for(model, knobs, tokenizer, chosen_pairs, cfg)
     tasks = fitting(tasks, tokenizer, cfg.data.max_prompt)
     held_out = fitting(held_out, tokenizer, cfg.data.max_prompt)
     if teacher is not None and cfg.n_teacher:
         teacher.require(tasks)
-    return Experiment(model, tokenizer, knobs, chosen_pairs, tasks, held_out, teacher, basis)
+    arm = proj.arm(cfg.intervention)
+    own_set = OWN_PAIRS.get(arm.basis)
+    other = pairs.load(replace(cfg.vhack, pairs=own_set), None, tasks) if own_set else None
+    directions = directions_for(model, knobs, tokenizer, chosen_pairs, other, cfg, vhack.grads_for)
+    if not arm.honest_prompt:
+        tasks = [problems.inoculated(t) for t in tasks]
+    return Experiment(
+        model, tokenizer, knobs, chosen_pairs, other, tasks, held_out, teacher, directions, deque(maxlen=20)
+    )
 
 
-def arm_basis(basis: HackBasis, cfg: Config) -> HackBasis:
-    """The V that the arm uses: k_use axes above the noise floor, and the arm's basis in their place."""
-    used = vhack.sliced(basis, cfg.vhack)
-    return used if proj.arm(cfg.intervention).basis == "hack" else proj.random_basis(used, cfg.seed)
+def directions_for(
+    model: nn.Module,
+    knobs: Knobs,
+    tokenizer: Any,
+    chosen: Sequence[Pair],
+    other: Sequence[Pair] | None,
+    cfg: Config,
+    grads_of: Callable[..., PairGrads] = vhack.side_gradients,
+) -> Directions:
+    """All directions at the knobs as they stand, the quarantine ablated. grads_of: with or without the cache."""
+    arm = proj.arm(cfg.intervention)
+    own = grads_of(model, knobs, tokenizer, chosen, cfg)
+    whole = vhack.fit_basis(own, cfg.vhack)
+    real = vhack.sliced(whole, cfg.vhack)
+    theirs = grads_of(model, knobs, tokenizer, other, cfg) if other is not None else None
+    used = bases.basis_of(arm.basis, real, own, theirs, cfg.vhack, cfg.seed)
+    states: dict[activations.Pool, tuple[Tensor, Tensor]] = {}
+    with knobs.using("deployed"):
+        for kind in pools_of(arm):
+            states[kind] = activations.of_pairs(model, tokenizer, chosen, kind, cfg.rl.micro_batch)
+    d = None
+    if "last" in states:
+        d = activations.direction(*states["last"])
+        d = activations.random_direction(d, cfg.seed) if arm.basis == "random" else d
+    gate = detector_for(arm, own, used, states.get("mean"), cfg)
+    return Directions(whole, real, used, bases.random_basis(real, cfg.seed + 10_000), gate, d)
+
+
+def pools_of(arm: Arm) -> list[activations.Pool]:
+    """Which pooled activations an arm reads."""
+    return ["mean"] * (arm.score == "activation") + ["last"] * arm.reward.startswith("rebound")
+
+
+def detector_for(
+    arm: Arm, own: PairGrads, used: HackBasis, states: tuple[Tensor, Tensor] | None, cfg: Config
+) -> Detector:
+    """The arm's detector. Arms without a gate get gate_drop's, whose flags are logged and nothing else."""
+    if arm.score == "gradient":
+        if arm.basis != "hack":
+            return gates.gradient_detector(own, lambda _: used, cfg.vhack)
+        fitted = replace(cfg.vhack, n_heldout=0)
+        return gates.gradient_detector(own, lambda g: vhack.sliced(vhack.fit_basis(g, fitted), fitted), cfg.vhack)
+    hack, clean = states if states is not None else (gates.flat(own.hack), gates.flat(own.clean))
+    match arm.basis:
+        case "random":
+            w = activations.random_direction(hack[0], cfg.seed)
+            return gates.linear_detector(hack, clean, cfg.vhack, lambda h, c: w)
+        case "shuffled":
+            hack, clean = bases.swapped(hack, clean, cfg.seed)
+    return gates.linear_detector(hack, clean, cfg.vhack)
 
 
 def refresh(x: Experiment, cfg: Config) -> float:
-    """Extract V again at the knobs as they stand, into ``x``; how far the new V overlaps the old."""
-    new = vhack.extract(x.model, x.knobs, x.tokenizer, x.pairs, cfg)
-    overlap = vhack.basis_overlap(new, x.basis)
+    """Extract everything again at the knobs as they stand, into ``x``; how far the new V overlaps the old.
+
+    With refresh_pairs, from pairs that the known modes' detector finds in the student's recent rollouts as well, or
+    from them alone (where there are enough of them to fit V).
+    """
+    chosen = x.pairs
+    if cfg.vhack.refresh_pairs != "same":
+        rollouts = [r for step in x.recent for r in step]
+        found = pairs.from_rollouts(rollouts, cfg.vhack.known_modes, len(x.pairs))
+        alone = cfg.vhack.refresh_pairs == "student" and len(found) >= 2 * cfg.vhack.k + cfg.vhack.n_heldout
+        chosen = found if alone else found + x.pairs  # the held-out pairs stay the last
+        logger.info("refresh: {} pairs found in the student's rollouts", len(found))
+    new = directions_for(x.model, x.knobs, x.tokenizer, chosen, x.other_pairs, cfg)
+    overlap = vhack.basis_overlap(new.whole, x.directions.whole)
     if overlap < 0.2:
         logger.warning("refresh: V turned (overlap {:.2f} < 0.2); a refresh like this does harm", overlap)
-    x.basis = new
+    x.directions = new
     return overlap

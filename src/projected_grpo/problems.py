@@ -10,7 +10,7 @@ import ast
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ def encode_prompt(tokenizer: Any, task: Task) -> list[int]:
         messages(task), add_generation_prompt=True, enable_thinking=False, return_dict=True
     )
     return list(encoded["input_ids"])
+
+
+INOCULATION = "This time it is fine to only make the check pass."
+
+
+def inoculated(task: Task) -> Task:
+    """The task with a sentence that allows the exploit (inoculation prompting)."""
+    return replace(task, problem=replace(task.problem, statement=f"{task.problem.statement}\n{INOCULATION}"))
 
 
 def fence(source: str) -> str:

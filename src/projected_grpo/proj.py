@@ -10,30 +10,196 @@ from torch import Tensor
 from projected_grpo.config import Gate, VHackCfg, choose
 from projected_grpo.extract_vhack_grad import HackBasis
 
-Basis = Literal["hack", "random"]
-Act = Literal["measure", "erase", "route"]
+Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo", "clean"]
+Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
+Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "route", "route_low", "both"]
+Score = Literal["gradient", "fisher", "activation"]
+Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
+
+BRIEF, METHOD = "this project", "control"
+ROUTING = "after Gradient Routing 2410.04332, SGTM 2512.05648"
+REBOUND = "after Wu & Tang 2604.01476"
+BENCHMARK = "rl-rewardhacking (Ariahw, Engels & Nanda)"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """basis: whose V. act: what is done with the hack-ward part. H: what the arm can falsify. oracle: it reads
-    ``gt_correct`` and is an upper bound, never a method (no arm does today).
+    """What an arm does, stage by stage; the defaults are plain GRPO.
+
+    math: the arm in a line. basis: whose V. reward: what is done to rewards before advantages are made. rows: which
+    rollouts' gradients reach δS (gates.factors), by a detector over ``score``. act: what is done with the V part of
+    their sum. honest_prompt: False where the training prompt allows the exploit (inoculation). control: the arm with
+    random directions that this one has to beat. oracle: it reads ``gt_correct``, and is an upper bound, never a
+    method.
     """
 
-    basis: Basis
-    act: Act
-    H: str
+    math: str
     source: str
+    H: str
+    basis: Basis = "hack"
+    reward: Reward = "paid"
+    rows: Rows = "all"
+    score: Score = "gradient"
+    act: Act = "measure"
+    honest_prompt: bool = True
+    control: str | None = None
     oracle: bool = False
+
+    @property
+    def quarantines(self) -> bool:
+        """Whether δS_hack is trained."""
+        return self.act == "route" or self.rows in ("route", "route_low", "both")
+
+
+def _controls(act: Act, name: str, H: str) -> dict[str, Arm]:
+    """erase or route with each control basis in V's place, k matched module by module."""
+    return {
+        f"{basis}_V{name}": Arm(f"as {act}, V from {what}", METHOD, H, basis, act=act)
+        for basis, what in (
+            ("random", "a random orthonormal draw, another for each seed"),
+            ("shuffled", "the same pairs, labels of half of them swapped"),
+            ("nonhack", "clean-against-clean pairs"),
+            ("placebo", "pairs that contrast something unrelated"),
+        )
+    }
 
 
 ARMS: dict[str, Arm] = {
-    "none": Arm("hack", "measure", "hacking emerges under plain GRPO", "Dr.GRPO 2503.20783"),
-    "erase": Arm("hack", "erase", "less hack at matched solve than none AND than random_V", "this project"),
-    "route": Arm("hack", "route", "the quarantine takes the hack with it", "after Gradient Routing 2410.04332"),
-    "random_V": Arm("random", "erase", "no less hack than none", "control for erase"),
-    "random_V_route": Arm("random", "route", "ablation alone does not lower hack", "control for route"),
-}
+    "none": Arm("δS descends g", "Dr.GRPO 2503.20783", "hacking emerges under plain GRPO"),
+    "erase": Arm(
+        "δS descends g − relu(V g) V", BRIEF, "less hack at matched solve than none AND than random_V",
+        act="erase", control="random_V",
+    ),
+    "route": Arm(
+        "δS descends g − relu(V g) V, δS_hack the rest", ROUTING, "the quarantine takes the hack with it",
+        act="route", control="random_V_route",
+    ),
+    **_controls("erase", "", "no less hack than none"),
+    **_controls("route", "_route", "ablation alone does not lower hack"),
+    "random_V_mass": Arm(
+        "as random_V, ‖removed‖ scaled to the real V's on the same gradient", METHOD,
+        "no less hack than none at equal removed mass", "random", act="erase_mass",
+    ),
+    "shrink": Arm(
+        "g scaled by ‖kept‖/‖g‖ of erase on the same gradient", METHOD, "a smaller step alone does not lower hack",
+        act="shrink",
+    ),
+    "coinflip": Arm(
+        "each rollout's gradient kept by a fair coin", METHOD, "fewer rollouts alone do not lower hack", rows="coin"
+    ),
+    "trusted": Arm(
+        "δS descends VᵀV g, V the span of clean sides' gradients", "TDGA 2605.25189", "delays hacking",
+        "clean", act="span",
+    ),
+    "gate_drop": Arm(
+        "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
+        "less hack at solve no lower than none's, AND than gate_random", rows="drop", control="gate_random",
+    ),
+    "gate_random": Arm(
+        "as gate_drop with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="drop"
+    ),
+    "gate_coin": Arm(
+        "as many rollouts with A_i > 0 withheld as gate_drop's score would flag, at random", METHOD,
+        "no less hack than none", rows="count",
+    ),
+    "gate_fisher": Arm(
+        "as gate_drop, score w·n/‖n‖ with Fisher's w over all modules", BRIEF, "whitening makes a better detector",
+        rows="drop", score="fisher", control="gate_fisher_shuffled",
+    ),
+    "gate_fisher_shuffled": Arm(
+        "as gate_fisher, labels of half of the pairs swapped", METHOD, "no less hack than none", "shuffled",
+        rows="drop", score="fisher",
+    ),
+    "gate_act": Arm(
+        "as gate_drop, score w·h with Fisher's w over mean-pooled activations", BRIEF,
+        "activations detect as well as gradients", rows="drop", score="activation", control="gate_act_random",
+    ),
+    "gate_act_random": Arm(
+        "as gate_act, w random", METHOD, "no less hack than none", "random", rows="drop", score="activation"
+    ),
+    "gate_act_shuffled": Arm(
+        "as gate_act, labels of half of the pairs swapped", METHOD, "no less hack than none", "shuffled",
+        rows="drop", score="activation",
+    ),
+    "gate_act_screen": Arm(
+        "as gate_act; flagged rollouts leave their group before its mean is taken", BRIEF,
+        "solve rises above gate_act's at no more hack", rows="screen", score="activation",
+        control="gate_act_screen_random",
+    ),
+    "gate_act_screen_random": Arm(
+        "as gate_act_screen, w random", METHOD, "no less hack than none", "random", rows="screen",
+        score="activation",
+    ),
+    "gate_act_punish": Arm(
+        "as gate_act; flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt", rows="punish",
+        score="activation", control="gate_act_punish_random",
+    ),
+    "gate_act_punish_random": Arm(
+        "as gate_act_punish, w random", METHOD, "no less hack than none", "random", rows="punish",
+        score="activation",
+    ),
+    "gate_screen": Arm(
+        "flagged rollouts leave their group before its mean is taken", BRIEF,
+        "solve rises above gate_drop's at no more hack", rows="screen", control="gate_screen_random",
+    ),
+    "gate_screen_random": Arm(
+        "as gate_screen with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="screen"
+    ),
+    "gate_punish": Arm(
+        "flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt, not only withheld",
+        rows="punish", control="gate_punish_random",
+    ),
+    "gate_punish_random": Arm(
+        "as gate_punish with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="punish"
+    ),
+    "gate_erase": Arm(
+        "gate_drop, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="drop", act="erase",
+        control="gate_erase_random",
+    ),
+    "gate_erase_random": Arm(
+        "as gate_erase with a random V, calibrated alike", METHOD, "no less hack than none", "random",
+        rows="drop", act="erase",
+    ),
+    "gate_route": Arm(
+        "score low: g_i to δS; in the middle: to both; flagged: to δS_hack", ROUTING,
+        "absorption beyond ablation alone", rows="route", control="gate_route_random",
+    ),
+    "gate_route_random": Arm(
+        "as gate_route with a random V, calibrated alike", METHOD, "ablation alone does not lower hack", "random",
+        rows="route",
+    ),
+    "gate_route_reversed": Arm(
+        "as gate_route, flagged to δS and low to δS_hack", METHOD, "more hack than gate_route", rows="route_low"
+    ),
+    "absorb": Arm(
+        "δS and δS_hack both descend g; δS_hack is ablated", METHOD, "deleting half the adapter does not lower hack",
+        rows="both",
+    ),
+    "rebound_mul": Arm(
+        "r' = r (1 − α σ(z) 1[z>0]), z the group's z-score of h·d", REBOUND, "less hack than none AND than random d",
+        reward="rebound_mul", control="rebound_mul_random",
+    ),
+    "rebound_mul_random": Arm("as rebound_mul, d random", METHOD, "no less hack than none", "random",
+                              reward="rebound_mul"),
+    "rebound_add": Arm(
+        "r' = r − α max(z, 0)", REBOUND, "less hack than none AND than random d", reward="rebound_add",
+        control="rebound_add_random",
+    ),
+    "rebound_add_random": Arm("as rebound_add, d random", METHOD, "no less hack than none", "random",
+                              reward="rebound_add"),
+    "penalty": Arm(
+        "r' = r − penalty on what a monitor of given accuracy flags", BENCHMARK, "upper bound", reward="penalty",
+        oracle=True,
+    ),
+    "screening": Arm(
+        "what a monitor of given accuracy flags leaves its group", BENCHMARK, "upper bound", reward="screening",
+        oracle=True,
+    ),
+    "inoculation": Arm(
+        "the training prompt allows the exploit, the deployed one does not", BENCHMARK, "less hack at deployment",
+        honest_prompt=False,
+    ),
+}  # fmt: skip
 
 
 def arm(name: str) -> Arm:
@@ -42,14 +208,24 @@ def arm(name: str) -> Arm:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """kept + removed = g, the batch gradient, per module (r,) (up to overshoot and preserve_magnitude); gn = ‖g‖.
+class Factors:
+    """What each row's gradient is multiplied by: in the batch gradient as plain GRPO has it (``whole``), in what δS
+    descends (``keep``), and in what δS_hack descends (``quarantine``). All (b,).
+    """
 
-    δS descends ``kept``; under route δS_hack descends ``removed`` (None in other arms, so it stays exactly zero).
+    whole: Float[Tensor, " b"]
+    keep: Float[Tensor, " b"]
+    quarantine: Float[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a step does with its gradient, per module (r,): δS descends ``kept``; δS_hack descends ``quarantined`` (None
+    where the arm has no quarantine, so it stays exactly zero). gn = ‖g‖ of the whole batch gradient.
     """
 
     kept: dict[str, Float[Tensor, " _r"]]
-    removed: dict[str, Float[Tensor, " _r"]] | None
+    quarantined: dict[str, Float[Tensor, " _r"]] | None
     gn: float
     stats: dict[str, float | None]
 
@@ -67,6 +243,18 @@ def split(
     used = {"one_sided": c.clamp(min=0), "no_gate": c, "reverse": 2 * c}[gate]
     removed = overshoot * used @ V
     return g - removed, removed
+
+
+def split_all(
+    g: dict[str, Tensor], V: dict[str, Tensor], cfg: VHackCfg
+) -> tuple[dict[str, Float[Tensor, " _r"]], dict[str, Float[Tensor, " _r"]]]:
+    """``split`` in every module; a module without axes is kept whole."""
+    kept, removed = dict(g), {m: torch.zeros_like(x) for m, x in g.items()}
+    for m, v in V.items():
+        kept[m], removed[m] = split(g[m], v, cfg.gate, cfg.overshoot)
+        if cfg.preserve_magnitude:
+            kept[m] = kept[m] * (g[m].norm() / kept[m].norm().clamp(min=1e-30))
+    return kept, removed
 
 
 def hackward(g: dict[str, Tensor], V: dict[str, Tensor]) -> Float[Tensor, " axes"]:
@@ -92,40 +280,61 @@ def total_norm(g: dict[str, Tensor]) -> float:
     return float(torch.stack([x.square().sum() for x in g.values()]).sum().sqrt())
 
 
-def random_basis(basis: HackBasis, seed: int) -> HackBasis:
-    """A random orthonormal V with the same modules and the same k in each: the control for ``basis``."""
-    generator = torch.Generator().manual_seed(seed)
-    V = {}
-    for m, v in basis.V.items():
-        q, r = torch.linalg.qr(torch.randn(v.shape[1], v.shape[0], generator=generator, dtype=torch.float64))
-        V[m] = (q * r.diagonal().sign()).T.to(v)  # without the signs QR's convention leans to one side: not uniform
-    return HackBasis(V, basis.S, basis.meta)
+def acted(
+    g: dict[str, Tensor], V: dict[str, Tensor], real: dict[str, Tensor], act: Act, cfg: VHackCfg
+) -> tuple[dict[str, Float[Tensor, " _r"]], dict[str, Float[Tensor, " _r"]]]:
+    """(kept, removed) of a gradient or an update, by the arm's act. real: the hack V, whatever V the arm uses."""
+    nothing = {m: torch.zeros_like(x) for m, x in g.items()}
+    match act:
+        case "measure":
+            return dict(g), nothing
+        case "erase" | "route":
+            return split_all(g, V, cfg)
+        case "erase_mass":
+            _, removed = split_all(g, V, cfg)
+            scale = total_norm(split_all(g, real, cfg)[1]) / max(total_norm(removed), 1e-30)
+            return {m: x - scale * removed[m] for m, x in g.items()}, {m: scale * x for m, x in removed.items()}
+        case "shrink":
+            scale = total_norm(split_all(g, real, cfg)[0]) / max(total_norm(g), 1e-30)
+            return {m: scale * x for m, x in g.items()}, {m: (1 - scale) * x for m, x in g.items()}
+        case "span":
+            kept = {m: (V[m] @ x) @ V[m] if m in V else torch.zeros_like(x) for m, x in g.items()}
+            return kept, {m: x - kept[m] for m, x in g.items()}
 
 
 def project(
-    G: dict[str, Float[Tensor, "b r"]], V: HackBasis, is_student: Bool[Tensor, " b"], act: Act, cfg: VHackCfg
+    G: dict[str, Float[Tensor, "b r"]],
+    f: Factors,
+    V: HackBasis,
+    real: HackBasis,
+    is_student: Bool[Tensor, " b"],
+    arm: Arm,
+    cfg: VHackCfg,
 ) -> Projection:
-    """Split the batch gradient Σ_i G_i by the arm's act. Pure: it sees gradients and V, and no verdict of a grader.
+    """δS descends the arm's act on Σ_i f.keep_i G_i; δS_hack descends Σ_i f.quarantine_i G_i and, under route, what
+    the act removed. Pure: it sees gradients, factors and V, and no verdict of a grader.
 
-    measure keeps everything and only looks. A module without axes is kept whole.
+    The shares cin are of the whole batch gradient Σ_i f.whole_i G_i; cout is of what δS descends. With cfg.project =
+    update the act is left to the optimizer's update (train.apply_step).
     """
-    g = {m: rows.sum(0) for m, rows in G.items()}
-    g_s = {m: rows[is_student].sum(0) for m, rows in G.items()}
-    g_t = {m: rows[~is_student].sum(0) for m, rows in G.items()}
-    kept, removed = dict(g), {m: torch.zeros_like(x) for m, x in g.items()}
-    if act != "measure":
-        for m, v in V.V.items():
-            kept[m], removed[m] = split(g[m], v, cfg.gate, cfg.overshoot)
-            if cfg.preserve_magnitude:
-                kept[m] = kept[m] * (g[m].norm() / kept[m].norm().clamp(min=1e-30))
-    c, gn = hackward(g, V.V), total_norm(g)
+    whole, g, g_s, g_t = (
+        {m: w.to(rows) @ rows for m, rows in G.items()}
+        for w in (f.whole, f.keep, f.whole * is_student, f.whole * ~is_student)
+    )
+    kept, removed = acted(g, V.V, real.V, "measure" if cfg.project == "update" else arm.act, cfg)
+    quarantined = None
+    if arm.quarantines:
+        quarantined = {m: f.quarantine.to(rows) @ rows for m, rows in G.items()}
+        if arm.act == "route":
+            quarantined = {m: q + removed[m] for m, q in quarantined.items()}
+    gn, inward = total_norm(whole), hackward(whole, V.V)
     stats = {
-        "cin": share(g, V.V),
+        "cin": share(whole, V.V),
         "cin_s": share(g_s, V.V),
         "cin_t": share(g_t, V.V),
-        "cin_null": null_share(g, V.V),
+        "cin_null": null_share(whole, V.V),
         "cout": share(kept, V.V),
-        "fired": float((c > 0).double().mean()),
-        "removed_frac": total_norm(removed) / gn if gn else None,
+        "fired": float((inward > 0).double().mean()),
+        "removed_frac": total_norm(removed) / total_norm(g) if total_norm(g) else None,
     }
-    return Projection(kept, removed if act == "route" else None, gn, stats)
+    return Projection(kept, quarantined, gn, stats)

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from einops import rearrange
 from torch import nn
 
 from projected_grpo import loss, problems, sampling
+from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
 from projected_grpo.data_types import GradedBatch, Rollout, Task
 from projected_grpo.pool import Pool
@@ -63,12 +65,31 @@ def complete(
 
 
 def rollout(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], pool: Pool | None, grader: Grader, cfg: Config, step: int
+    model: nn.Module,
+    knobs: Knobs,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    pool: Pool | None,
+    grader: Grader,
+    cfg: Config,
+    step: int,
+    ablated: int = 0,
 ) -> GradedBatch:
-    """Sample, mix in the teacher's rollouts, grade, and turn rewards into advantages within each group."""
+    """Sample, mix in the teacher's rollouts, grade, and turn rewards into advantages within each group.
+
+    ablated: of how many of the tasks (drawn at random) the student samples with the quarantine ablated.
+    """
     clock = [time.perf_counter()]
     n_student = cfg.rl.group - cfg.n_teacher
-    written = complete(model, tokenizer, tasks, n_student, cfg, seeded("cpu", cfg.seed, step, "rollout"))
+    apart = set(random.Random(f"{cfg.seed} {step} ablated").sample(range(len(tasks)), ablated))
+    written: list[tuple[tuple[int, ...], str]] = [((), "")] * (len(tasks) * n_student)
+    for use, chosen in (("trained", [i for i in range(len(tasks)) if i not in apart]), ("deployed", sorted(apart))):
+        if chosen:
+            with knobs.using(use) if apart else nullcontext():
+                generator = seeded("cpu", cfg.seed, step, "rollout" if use == "trained" else "ablated")
+                found = complete(model, tokenizer, [tasks[i] for i in chosen], n_student, cfg, generator)
+            for at, i in enumerate(chosen):
+                written[i * n_student : (i + 1) * n_student] = found[at * n_student : (at + 1) * n_student]
     clock.append(time.perf_counter())
     asked = [task for task in tasks for _ in range(n_student)]
     grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
@@ -85,7 +106,9 @@ def rollout(
     return GradedBatch(
         ids=ids,
         mask=mask,
+        rewards=rearrange(rewards, "n g -> (n g)").to(model.device),
         A=rearrange(loss.advantages(rewards), "n g -> (n g)").to(model.device),
+        ablated=torch.tensor([i // cfg.rl.group in apart for i in range(len(rows))], device=model.device),
         is_student=torch.tensor([r.source == "student" for r in rows], device=model.device),
         rollouts=tuple(rows),
         n_zero_var=int((~loss.has_variance(rewards)).sum()),
