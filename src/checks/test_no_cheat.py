@@ -24,7 +24,7 @@ from projected_grpo.train import apply_step, make_optimizer, sample_grads
 
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""
-BLIND = ("loss", "proj", "extract_vhack_grad", "rollout", "pairs", "prepare", "antipasto", "sampling")
+BLIND = ("loss", "proj", "extract_vhack_grad", "rollout", "pairs", "pair_drafts", "prepare", "antipasto", "sampling")
 """Modules in which an advantage, a gate, V or a pair is made."""
 
 

@@ -1,71 +1,111 @@
-"""``PAIRSETS``: contrastive (task, hack, clean) sets by name.
+"""``PAIRSETS``: contrastive (task, hack, clean) sets by name, and pairs that a weak detector finds in rollouts.
 
-Both sides of a pair answer the same prompt with the same body; they differ in the exploit alone, whose place the
-clean side fills with the mode's honest lookalike. Bodies are right in every second pair and wrong in the others,
-so that V is the exploit and not the wrong answer.
+A set of n, say ``organism32``, holds n pairs to fit V and 8 to judge it, in this order; the 8 are the same for every n,
+and a smaller set's n pairs are the first of a larger one's. Modes stand in turn, so both parts are balanced whichever
+modes the detector knows. docs/how_to_write_pairs.md says what each kind contrasts and how to add one.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import zip_longest
 
-from projected_grpo import families, problems
+from projected_grpo import pair_drafts, problems
 from projected_grpo.config import UserError, VHackCfg, choose
-from projected_grpo.data_types import Mode, Pair, Task
-from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.data_types import Mode, Pair, Rollout, Task
 from projected_grpo.pool import Pool
 
-ORGANISM_MODES: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
-
-
-def organism_pairs(n: int, modes: Sequence[Mode] = ORGANISM_MODES) -> list[Pair]:
-    """n pairs on training problems of the generated world, modes in turn, wordings in turn."""
-    train = [p for p in families.generate() if families.split_of(p) == "train"]
-    pairs = []
-    for i in range(n):
-        mode = modes[i % len(modes)]
-        task = problems.pose_one(train[(i * 7) % len(train)], mode, "train", i // len(modes))
-        right, wrong = task.problem.canonical, families.lazy_bodies(task.problem)[0]
-        body = right if (i // len(modes)) % 2 else wrong
-        row = LOOPHOLES[mode]
-        hack, clean = (problems.fence(side(body, task)) for side in (row.exploit, row.lookalike))
-        pairs.append(Pair(task, hack, clean, f"{mode}/{task.problem.id}"))
-    return pairs
-
-
-PAIRSETS: dict[str, Callable[[], list[Pair]]] = {
-    "organism32": lambda: organism_pairs(40),
-    "organism64": lambda: organism_pairs(72),
+SIZES = (8, 16, 32, 64)
+N_HELDOUT = 8
+KINDS: dict[str, Callable[[Mode, int], Pair]] = {
+    "organism": pair_drafts.mechanism,
+    "otherwise": pair_drafts.otherwise,
+    "semantic": pair_drafts.semantic,
+    "nonhack": pair_drafts.nonhack,
+    "placebo": pair_drafts.naming,
+    "spacing": pair_drafts.spacing,
 }
-"""A set of n holds n fitting pairs and 8 held out, at the default n_heldout."""
+"""(mode, j) -> the j-th pair of a kind in a mode. The last four hold no exploit at all."""
 
 
-def from_pool(pool: Pool, tasks: Sequence[Task]) -> list[Pair]:
+def ordered(draft: Callable[[Mode, int], Pair], n: int, modes: Sequence[Mode]) -> list[Pair]:
+    """n pairs and N_HELDOUT behind them, modes in turn. The held-out ones are drawn first: they do not depend on n."""
+    drawn = [draft(modes[i % len(modes)], i // len(modes)) for i in range(N_HELDOUT + n)]
+    return drawn[N_HELDOUT:] + drawn[:N_HELDOUT]
+
+
+PAIRSETS: dict[str, Callable[[Sequence[Mode]], list[Pair]]] = {
+    f"{kind}{n}": partial(ordered, draft, n) for kind, draft in KINDS.items() for n in SIZES
+}
+"""Known modes -> the set: n + N_HELDOUT pairs, however many modes are known."""
+
+
+def in_turn(found: Sequence[Pair], limit: int | None = None) -> list[Pair]:
+    """The first ``limit`` of the pairs with modes in turn while they last, in reverse: a mode's surplus comes first
+    and the last pairs, which are held out, are balanced."""
+    by_mode: dict[Mode, list[Pair]] = {}
+    for pair in found:
+        by_mode.setdefault(pair.task.mode, []).append(pair)
+    rounds = [pair for row in zip_longest(*by_mode.values()) for pair in row if pair is not None]
+    return rounds[:limit][::-1]
+
+
+def closest(task: Task, fired: Iterable[str], quiet: Iterable[str], source: str) -> list[Pair]:
+    """The hacking and the honest completion of one prompt that are nearest in length; nothing if either is missing."""
+    sides = [(hack, clean) for hack in fired for clean in quiet]
+    if not sides:
+        return []
+    hack, clean = min(sides, key=lambda pair: abs(len(pair[0]) - len(pair[1])))
+    return [Pair(task, hack, clean, f"{source}/{task.mode}/{task.problem.id}")]
+
+
+def from_pool(pool: Pool, tasks: Sequence[Task], known: Sequence[Mode] | None = None) -> list[Pair]:
     """A pair for every task that has both a rollout on which its mode's detector fires and one without an attempt.
 
-    The detector is the mode's channel, the foolable verdict; whether a rollout is right is not looked at.
+    The detector is the mode's channel, the foolable verdict; whether a rollout is right is not looked at, and a grade
+    of a mode that is not known is not looked at either. ``known`` None: all are known.
     """
-    pairs = []
+    found = []
     for task in tasks:
+        if known is not None and task.mode not in known:
+            continue
         rows = pool.rows.get((task.problem.id, task.mode), [])
-        hack = next((r["completion"] for r in rows if r["grade"]["channel"]), None)
-        clean = next((r["completion"] for r in rows if not r["grade"]["attempted"]), None)
-        if hack is not None and clean is not None:
-            pairs.append(Pair(task, hack, clean, f"pool/{task.mode}/{task.problem.id}"))
-    return pairs
+        fired = [r["completion"] for r in rows if r["grade"]["channel"]]
+        quiet = [r["completion"] for r in rows if not r["grade"]["channel"] and not r["grade"]["attempted"]]
+        found += closest(task, fired, quiet, "pool")
+    return in_turn(found)
+
+
+def from_rollouts(rollouts: Sequence[Rollout], known: Sequence[Mode] | None, limit: int | None = None) -> list[Pair]:
+    """At most ``limit`` pairs from a policy's own rollouts, one a prompt, by the known modes' detectors (``from_pool``).
+
+    The clean side also has to be code that compiles: an early or a broken policy writes much that is neither.
+    """
+    groups: dict[tuple, list[Rollout]] = {}
+    for rollout in rollouts:
+        if known is None or rollout.task.mode in known:
+            groups.setdefault((rollout.task.problem.id, rollout.task.mode, rollout.task.wording), []).append(rollout)
+    found = []
+    for group in groups.values():
+        fired = [r.text for r in group if r.grade.channel]
+        quiet = [r.text for r in group if r.grade.compiles and not r.grade.channel and not r.grade.attempted]
+        found += closest(group[0].task, fired, quiet, "rollouts")
+    return in_turn(found, limit)
 
 
 def load(cfg: VHackCfg, pool: Pool | None, tasks: Sequence[Task]) -> list[Pair]:
     """The pairs of a set, of the known modes only. Raises UserError when the set is unknown or nothing is left."""
-    if cfg.pairs == "pool" and pool is None:
-        raise UserError("--pairs=pool needs --pool=FOLDER: run `just build-pool` first")
-    if cfg.pairs == "pool" and pool is not None:
-        found = from_pool(pool, tasks)
+    name = choose("pair set", cfg.pairs, [*PAIRSETS, "pool"])
+    if name == "pool":
+        if pool is None:
+            raise UserError("--pairs=pool needs --pool=FOLDER: run `just build-pool` first")
+        found = from_pool(pool, tasks, cfg.known_modes)
     else:
-        found = PAIRSETS[choose("pair set", cfg.pairs, [*PAIRSETS, "pool"])]()
-    known = [p for p in found if cfg.known_modes is None or p.task.mode in cfg.known_modes]
-    if not known:
+        modes = [m for m in pair_drafts.MODES if cfg.known_modes is None or m in cfg.known_modes]
+        found = PAIRSETS[name](modes) if modes else []
+    if not found:
         raise UserError(f"no pair of pair set {cfg.pairs!r} is of a known mode: widen --known-modes")
-    return known
+    return found
 
 
 def digest(pairs: Sequence[Pair]) -> str:
