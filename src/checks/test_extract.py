@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from projected_grpo import antipasto, loss, models, pairs, problems
+from projected_grpo import antipasto, bases, loss, models, pairs, problems
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import PRESETS, ModelCfg, UserError, VHackCfg
 
@@ -23,7 +23,11 @@ def organism(tmp_path_factory):
 @pytest.fixture(scope="module")
 def basis(organism):
     model, tokenizer, knobs, chosen, cfg = organism
-    return vhack.extract(model, knobs, tokenizer, chosen, cfg)
+    return extract(model, knobs, tokenizer, chosen, cfg)
+
+
+def extract(model, knobs, tokenizer, chosen, cfg) -> vhack.HackBasis:
+    return vhack.fit_basis(vhack.side_gradients(model, knobs, tokenizer, chosen, cfg), cfg.vhack)
 
 
 def margin(organism, chosen) -> float:
@@ -65,7 +69,7 @@ def test_held_out_pairs_project_hackward(basis):
 def test_labels_swapped_turn_v_around(organism, basis):
     model, tokenizer, knobs, chosen, cfg = organism
     swapped = [replace(p, hack=p.clean, clean=p.hack) for p in chosen]
-    other = vhack.extract(model, knobs, tokenizer, swapped, cfg)
+    other = extract(model, knobs, tokenizer, swapped, cfg)
     for m, v in basis.V.items():
         assert torch.sum(v[0] * other.V[m][0]) < -0.99
 
@@ -92,10 +96,8 @@ def test_global_noise_floor_and_k_slice():
 
 
 def test_overlap_is_one_with_itself_and_small_at_random(basis):
-    from projected_grpo.proj import random_basis
-
     assert vhack.basis_overlap(basis, basis) == pytest.approx(1.0, abs=1e-4)
-    assert vhack.basis_overlap(random_basis(basis, 1), basis) < 0.2
+    assert vhack.basis_overlap(bases.random_basis(basis, 1), basis) < 0.2
 
 
 def test_cache_key_follows_every_ingredient(organism):
@@ -105,31 +107,34 @@ def test_cache_key_follows_every_ingredient(organism):
     others = [
         vhack.cache_key(knobs, chosen[:-1], cfg),
         vhack.cache_key(knobs, [replace(chosen[0], hack=chosen[0].hack + " "), *chosen[1:]], cfg),
-        vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, k=4))),
-        vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, tau_axis=0.1))),
         vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, length_norm="mean"))),
+        vhack.cache_key(knobs, chosen, replace(cfg, rl=replace(cfg.rl, max_new=80))),
     ]
-    weight = next(iter(knobs.modules.values())).linear.weight
-    weight.data[0, 0] += 1e-3
-    others.append(vhack.cache_key(knobs, chosen, cfg))
-    weight.data[0, 0] -= 1e-3
+    module = next(iter(knobs.modules.values()))
+    for part in (module.linear.weight, module.delta):
+        kept = part.data.clone()
+        part.data.view(-1)[0] += 1e-3
+        others.append(vhack.cache_key(knobs, chosen, cfg))
+        part.data.copy_(kept)
     assert len({key, *others}) == 7
+    assert key == vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, k=4, tau_axis=0.1)))  # fits V
 
 
 def test_cache_misses_then_hits(organism):
     model, tokenizer, knobs, chosen, cfg = organism
-    made = vhack.basis_for(model, knobs, tokenizer, chosen, cfg)
+    made = vhack.grads_for(model, knobs, tokenizer, chosen, cfg)
     files = list((cfg.cache / "vhack").iterdir())
-    again = vhack.basis_for(model, knobs, tokenizer, chosen, cfg)
+    again = vhack.grads_for(model, knobs, tokenizer, chosen, cfg)
     assert list((cfg.cache / "vhack").iterdir()) == files
     assert len(files) == 1
-    assert all(torch.equal(made.V[m], again.V[m]) for m in made.V)
-    assert made.meta == again.meta
+    for side in ("hack", "clean"):
+        assert all(torch.equal(g, getattr(again, side)[m]) for m, g in getattr(made, side).items())
 
 
-def test_v_for_another_model_is_refused(organism, basis, tmp_path, wrapped):
+def test_gradients_of_another_model_are_refused(organism, tmp_path, wrapped):
+    model, tokenizer, knobs, chosen, cfg = organism
     path = tmp_path / "v.safetensors"
-    vhack.save(basis, path)
+    vhack.save(vhack.side_gradients(model, knobs, tokenizer, chosen[:2], cfg), path)
     with pytest.raises(UserError, match="another model"):
         vhack.load(path, wrapped[1])
 
@@ -155,7 +160,7 @@ def test_the_quarantine_is_ablated_during_extraction(organism, basis):
     for m in knobs.modules.values():
         m.delta_hack.data.normal_(0, 0.1)
     knobs.merge()
-    with_quarantine = vhack.extract(model, knobs, tokenizer, chosen, cfg)
+    with_quarantine = extract(model, knobs, tokenizer, chosen, cfg)
     for m in knobs.modules.values():
         m.delta_hack.data.zero_()
     knobs.merge()
@@ -165,4 +170,4 @@ def test_the_quarantine_is_ablated_during_extraction(organism, basis):
 def test_too_few_pairs_is_one_clear_line(organism):
     model, tokenizer, knobs, chosen, cfg = organism
     with pytest.raises(UserError, match="lower --k"):
-        vhack.extract(model, knobs, tokenizer, chosen[:10], cfg)
+        extract(model, knobs, tokenizer, chosen[:10], cfg)

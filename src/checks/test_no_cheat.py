@@ -13,14 +13,12 @@ import pytest
 import torch
 
 import projected_grpo
-from projected_grpo import antipasto, models, pairs, pool, proj
-from projected_grpo.config import PRESETS
+from projected_grpo import pairs, pool, proj
+from projected_grpo.config import PRESETS, Config
 from projected_grpo.data_types import Grade
-from projected_grpo.extract_vhack_grad import extract
-from projected_grpo.prepare import arm_basis
+from projected_grpo.prepare import Experiment, refresh, set_up
 from projected_grpo.proj import ARMS
-from projected_grpo.rollout import rollout
-from projected_grpo.train import apply_step, make_optimizer, sample_grads
+from projected_grpo.train import make_optimizer, take_step
 
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""
@@ -49,20 +47,37 @@ class BlindGrader:
         ]  # fmt: skip
 
 
+def experiment(name: str, cache, grader) -> tuple[Experiment, Config]:
+    """A small experiment of that arm, its pairs and directions made as in a run."""
+    cfg = PRESETS["smoke"][1]
+    cfg = replace(
+        cfg,
+        intervention=name,
+        outputs=str(cache),
+        rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=40),
+        vhack=replace(cfg.vhack, pairs="organism8", n_heldout=2, known_modes=("run_tests", "sentinel")),
+        eval=replace(cfg.eval, n_eval=1),
+    )
+    return set_up(cfg), cfg
+
+
 @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if not arm.oracle])
 def test_a_step_never_reads_the_verdict(name, cache):
-    cfg = PRESETS["smoke"][1]
-    cfg = replace(cfg, intervention=name, rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=40))
-    model, tokenizer = models.load(cfg.model)
-    knobs = antipasto.wrap(model, cache)
-    V = arm_basis(extract(model, knobs, tokenizer, pairs.load(cfg.vhack, None, []), cfg), cfg)
-    optimizer, scheduler = make_optimizer(knobs, cfg)
-    batch = rollout(model, tokenizer, pool.tasks_for(cfg)[:2], None, BlindGrader(), cfg, 0)
-    assert batch.A.abs().sum() > 0
-    grads = sample_grads(model, knobs, batch, cfg)
-    p = proj.project(grads.G, V, batch.is_student, ARMS[name].act, cfg.vhack)
-    update = apply_step(knobs, p, optimizer, scheduler, cfg.rl.clip)
-    assert any(bool(torch.any(d != 0)) for d in update.descent.values())
+    """A whole step, and a refresh from the student's own rollouts after it, with grades that raise when read."""
+    x, cfg = experiment(name, cache, BlindGrader())
+    made = take_step(x, proj.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
+    assert made.batch.rewards.std() > 0
+    assert any(bool(torch.any(d != 0)) for d in made.update.descent.values())
+    x.recent.append(made.batch.rollouts)
+    refresh(x, replace(cfg, vhack=replace(cfg.vhack, refresh_pairs="both")))
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.oracle])
+def test_an_oracle_arm_does_read_it(name, cache):
+    """The poison bites where the verdict is read, so its silence elsewhere means something."""
+    x, cfg = experiment(name, cache, BlindGrader())
+    with pytest.raises(AssertionError, match="a step read exploited"):
+        take_step(x, proj.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
 
 
 def test_pairs_from_a_pool_do_not_depend_on_the_verdict():

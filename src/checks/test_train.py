@@ -17,7 +17,15 @@ from projected_grpo.metrics import StepRow
 from projected_grpo.rollout import tasks_of_step
 from projected_grpo.train import train
 
-SMALL = ["--steps=3", "--prompts-per-step=4", "--group=4", "--n-eval=1", "--eval-samples=1", "--graders=1"]
+SMALL = [
+    "--pairs=organism32",
+    "--steps=3",
+    "--prompts-per-step=4",
+    "--group=4",
+    "--n-eval=1",
+    "--eval-samples=1",
+    "--graders=1",
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from loguru import logger
 from torch import nn
 
-from projected_grpo import antipasto, loss, models, pool, problems, proj, sampling
+from projected_grpo import antipasto, bases, loss, models, pool, problems, proj, sampling
 from projected_grpo.antipasto import Knobs
 from projected_grpo.bench_reference import HookForm, full_gradient, generate
 from projected_grpo.config import Config
@@ -32,7 +32,7 @@ Seconds = tuple[float, float]
 def random_orthonormal(knobs: Knobs, k: int) -> HackBasis:
     """A V of k axes in every module: projection costs the same whatever the axes are."""
     ones = {name: torch.ones(min(k, m.delta.numel()), m.delta.numel()) for name, m in knobs.modules.items()}
-    return proj.random_basis(HackBasis(ones, {name: v[:, 0] for name, v in ones.items()}, {}), seed=0)
+    return bases.random_basis(HackBasis(ones, {name: v[:, 0] for name, v in ones.items()}, {}), seed=0)
 
 
 class Laps:
@@ -89,7 +89,9 @@ class Candidates:
         rows = [p for p in self.prompts for _ in range(group)]
         ids, mask = loss.collate(rows, completions, self.tokenizer.pad_token_id, self.base.device)
         is_student = torch.arange(len(rows)) % group < group - 1
-        return GradedBatch(ids, mask, loss.advantages(rewards).flatten(), is_student, (), 0, {})
+        ablated = torch.zeros(len(rows), dtype=torch.bool)
+        A = loss.advantages(rewards).flatten()
+        return GradedBatch(ids, mask, rewards.flatten(), A, ablated, is_student, (), 0, {})
 
     def step(self, seed: int, group: int | None = None) -> dict[str, Seconds]:
         """Our step but for grading and logging; the seconds of its stages."""
@@ -98,9 +100,10 @@ class Candidates:
         lap("sample")
         batch = self.batch(completions)
         lap("advantages, collate")
-        grads = sample_grads(self.model, self.knobs, batch, self.cfg)
+        grads = sample_grads(self.model, self.knobs, batch, batch.A, self.cfg)
         lap("forward + backward")
-        p = proj.project(grads.G, self.V, batch.is_student, "erase", self.cfg.vhack)
+        plain = proj.Factors.plain(len(batch.A))
+        p = proj.project(grads.G, plain, self.V, self.V, batch.is_student, proj.ARMS["erase"], self.cfg.vhack)
         lap("project")
         apply_step(self.knobs, p, self.optimizer, self.scheduler, self.cfg.rl.clip)
         lap("update, merge")
@@ -117,7 +120,8 @@ class Candidates:
         weight = batch.A / self.cfg.loss_denominator
         both = self.hook.two_backwards(batch.ids, batch.mask, weight, batch.is_student, self.cfg.rl.temperature)
         lap("forward + two backwards")
-        p = proj.project(both, self.V, torch.tensor([True, False]), "erase", self.cfg.vhack)
+        is_student, plain = torch.tensor([True, False]), proj.Factors.plain(2)
+        p = proj.project(both, plain, self.V, self.V, is_student, proj.ARMS["erase"], self.cfg.vhack)
         for name, delta in self.hook.delta.items():
             delta.grad = p.kept[name] * min(1.0, self.cfg.rl.clip / p.gn)
         self.hook_optimizer.step()
@@ -155,7 +159,7 @@ def one_round(b: Candidates, trl: Callable[[], Seconds], seed: int) -> tuple[dic
     hook = b.hook_step(seed)
     sample, sample_unwrapped = there_and_back(lambda: b.sample(b.model, seed), lambda: b.sample(b.base, seed))
     gradient, gradient_full = there_and_back(
-        lambda: sample_grads(b.model, b.knobs, batch, cfg),
+        lambda: sample_grads(b.model, b.knobs, batch, batch.A, cfg),
         lambda: full_gradient(b.base, list(b.knobs.modules), *fixed, **shared),
     )
     taken = {

@@ -217,6 +217,11 @@ class Factors:
     keep: Float[Tensor, " b"]
     quarantine: Float[Tensor, " b"]
 
+    @classmethod
+    def plain(cls, b: int) -> "Factors":
+        """Every row is kept and none is quarantined."""
+        return cls(torch.ones(b), torch.ones(b), torch.zeros(b))
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -319,7 +324,7 @@ def project(
     """
     whole, g, g_s, g_t = (
         {m: w.to(rows) @ rows for m, rows in G.items()}
-        for w in (f.whole, f.keep, f.whole * is_student, f.whole * ~is_student)
+        for w in (f.whole, f.keep, f.whole * is_student.to(f.whole), f.whole * (~is_student).to(f.whole))
     )
     kept, removed = acted(g, V.V, real.V, "measure" if cfg.project == "update" else arm.act, cfg)
     quarantined = None
