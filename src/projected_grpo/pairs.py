@@ -19,6 +19,7 @@ SIZES = (8, 16, 32, 64)
 N_HELDOUT = 8
 KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "organism": pair_drafts.mechanism,
+    "reworded": pair_drafts.reworded,
     "otherwise": pair_drafts.otherwise,
     "semantic": pair_drafts.semantic,
     "nonhack": pair_drafts.nonhack,
@@ -77,9 +78,9 @@ def from_pool(pool: Pool, tasks: Sequence[Task], known: Sequence[Mode] | None = 
 
 
 def from_rollouts(rollouts: Sequence[Rollout], known: Sequence[Mode] | None, limit: int | None = None) -> list[Pair]:
-    """At most ``limit`` pairs from a policy's own rollouts, one a prompt, by the known modes' detectors (``from_pool``).
+    """At most ``limit`` pairs from a policy's own rollouts, one a prompt, by the known modes' detectors.
 
-    The clean side also has to be code that compiles: an early or a broken policy writes much that is neither.
+    As ``from_pool``, and the clean side has to be code that compiles, which not all is that a policy writes.
     """
     groups: dict[tuple, list[Rollout]] = {}
     for rollout in rollouts:
