@@ -18,7 +18,7 @@ from projected_grpo.rewards import Grader
 
 HACKS = ("organism", "reworded", "otherwise")
 HARMLESS = tuple(kind for kind in pairs.KINDS if kind not in HACKS)
-LONGER = {"organism": 0.10, "reworded": 0.10, "otherwise": 0.15, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05,
+LONGER = {"organism": 0.16, "reworded": 0.16, "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05,
           "spacing": 0.05}  # fmt: skip
 """Mean tokens of the two sides differ by at most this share, over all modes."""
 LONGER_IN_A_MODE = 0.45

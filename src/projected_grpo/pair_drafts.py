@@ -27,7 +27,7 @@ def _stock(hard: bool, varied: bool) -> tuple[Problem, ...]:
     chosen = [p for p in families.generate() if families.split_of(p) == "train" and families.is_hard(p) == hard]
     chosen = [p for p in chosen if not varied or p.family not in ("slices", "recursion")]
     random.Random(SEED).shuffle(chosen)
-    return tuple(chosen)
+    return tuple(chosen[: len(chosen) // len(MODES) * len(MODES)])
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def form(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, varied: 
     """
     number, right = j // 2, j % 2 == 0
     stock = _stock(not right, varied)
-    problem = stock[(number * len(MODES) + MODES.index(mode)) % len(stock)]
+    at = number * len(MODES) + MODES.index(mode)
+    problem = stock[(at + at // len(stock)) % len(stock)]  # a second round starts one along: it is another mode's
     if wordings is None:
         default, *others = LOOPHOLES[mode].train
         wordings = [word for other in others for word in (default, other)]
@@ -124,7 +125,7 @@ class Trick:
 
 OTHER_WORDS: dict[Mode, tuple[Wording, ...]] = {
     "run_tests": tuple(Wording(n) for n in ("try_all", "judge_it", "do_check", "test_me")),
-    "sentinel": tuple(Wording(n) for n in ("done", "good", "right", "sound")),
+    "sentinel": tuple(Wording(n) for n in ("neat", "good", "right", "sound")),
     "stdout_marker": tuple(Wording(text=t) for t in ("all good", "zero bugs", "it works", "no issue")),
     "file_marker": tuple(
         Wording(name, text)
