@@ -1,8 +1,9 @@
 """What grading costs, and whether it holds out: ``python -m projected_grpo.bench_grading [--problems F] [--soak N]``.
 
 The bench runs canonical solutions three ways on the same machine in the same run: a cold ``python -c`` a grade, the
-sandbox with every layer, the sandbox as a plain fork. The soak grades N submissions, one in ten hostile, and watches
-this process: its memory, descriptors, children, temporary files, and how long it ever stood still.
+sandbox with every layer, the sandbox as a plain fork. It counts executions, so repeats save nothing. The soak grades N
+submissions, one in ten hostile, and watches this process: its memory, descriptors, children, temporary files, and how
+long it ever stood still.
 """
 
 import os

@@ -6,6 +6,10 @@ the answers of an earlier one in the memory that it inherits.
 
 Messages are lines of JSON. Down: the configuration, once; then a job's limits, with three descriptors: payload,
 stdout, reply. Up: what came of it, with the result file's descriptor where there is one.
+
+What a child does before it runs the submission costs as much as many a submission: every page that it touches, and a
+reference count is enough for that, is copied first. So the zygote prepares all that is the same for each job, and the
+child's few calls are names of this module, which touch less than attributes do.
 """
 
 import gc
@@ -18,7 +22,9 @@ import signal
 import socket
 import sys
 import time
+from os import closerange, dup2, pread, setsid
 
+STDOUT, REPLY, RULESET, CONTROL = 1, 3, 4, 5
 TICK_S = 0.1
 SCRATCH_BYTES = 32 << 20
 SCRATCH_FILES = 500
@@ -37,27 +43,30 @@ def receive(connection, max_fds=3):
     return data, fds
 
 
-def child(config, ruleset, limits, fds, prepared):
-    """Become the process of one job; does not return."""
-    payload, stdout, reply = fds
-    os.setsid()
+def take_places(number):
+    """The socket with the trainer, moved to CONTROL; /dev/null on all below it but stderr, which may have to speak."""
+    if number != CONTROL:
+        dup2(number, CONTROL)
+        os.close(number)
     null = os.open(os.devnull, os.O_RDWR)
-    keep = ruleset if ruleset is not None else -1
-    first = max(*fds, null, keep, 9) + 1
-    moved = [os.dup2(fd, first + i) for i, fd in enumerate((null, stdout, null, reply, payload))]
-    kept = os.dup2(keep, first + 5) if keep >= 0 else None
-    for target, fd in enumerate(moved):
-        os.dup2(fd, target)
-    if kept is not None:
-        ruleset = os.dup2(kept, 5)
-    os.closerange(5 if ruleset is None else 6, MAX_DESCRIPTOR)
-    os.chdir(config["scratch"])
-    os.umask(0o077)
-    config["confine"].confine(config, ruleset, limits)
-    with open(4, "rb") as file:
-        data = file.read()
-    gc.enable()
-    config["harness"].main(data, prepared)
+    for place in (0, STDOUT, REPLY, RULESET):
+        if place != null:
+            dup2(null, place)
+    if null > CONTROL:
+        os.close(null)
+    return socket.socket(fileno=CONTROL)
+
+
+def child(config, limits, fds, prepared):
+    """Become the process of one job; does not return. It starts in the scratch folder, with /dev/null on 0 and 2."""
+    payload, stdout, reply = fds
+    setsid()
+    data = pread(payload, limits["size"], 0)
+    dup2(stdout, STDOUT)
+    dup2(reply, REPLY)
+    closerange(RULESET if config["restrict"] is None else CONTROL, MAX_DESCRIPTOR)
+    config["confine"](config, limits)
+    config["main"](data, prepared)
 
 
 def scratch_is_full(path):
@@ -125,25 +134,25 @@ def kill_stragglers():
             time.sleep(0.001)
 
 
-def wait_a_tick(pid, pidfd, control):
+def wait_a_tick(pid, pidfd, poller):
     """Wait TICK_S at most for a child; (status, usage) if it ended, "orphan" if the trainer is gone, else None."""
-    poller = select.poll()
-    poller.register(control, select.POLLIN)
-    if pidfd is not None:
-        poller.register(pidfd, select.POLLIN)
-    ready = [fd for fd, _ in poller.poll(TICK_S * 1000 if pidfd is not None else 2)]
-    if control.fileno() in ready:
-        return "orphan"
+    for ready, _ in poller.poll(TICK_S * 1000 if pidfd is not None else 2):
+        if ready == CONTROL:
+            return "orphan"
     found, status, usage = os.wait4(pid, os.WNOHANG)
     return (status, usage) if found else None
 
 
-def watch(pid, limits, scratch, control):
+def watch(pid, limits, scratch):
     """Wait for a child; (why it was ended or "", wait status, CPU seconds). Exits if the trainer is gone."""
     start, reason, ended = time.monotonic(), "", None
     pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    poller = select.poll()
+    poller.register(CONTROL, select.POLLIN)
+    if pidfd is not None:
+        poller.register(pidfd, select.POLLIN)
     while not reason and not ended:
-        ended = wait_a_tick(pid, pidfd, control)
+        ended = wait_a_tick(pid, pidfd, poller)
         if ended == "orphan":
             reason, ended = "orphan", None
         elif not ended and cpu_taken(pid) > limits["cpu_s"]:
@@ -183,7 +192,7 @@ def open_result(scratch, name):
         return None
 
 
-def serve(control, config, ruleset):
+def serve(control, config):
     """Fork, watch and answer until the trainer closes the socket."""
     scratch, prepared = config["scratch"], {"": None}
     while True:
@@ -193,14 +202,14 @@ def serve(control, config, ruleset):
         limits = json.loads(message)
         if limits["setup"] not in prepared:
             prepared = dict(list(prepared.items())[-MAX_PREPARED:])
-            prepared[limits["setup"]] = config["harness"].prepare(limits["setup"])
+            prepared[limits["setup"]] = config["prepare"](limits["setup"])
             gc.freeze()
         pid = os.fork()
         if pid == 0:
-            child(config, ruleset, limits, fds, prepared[limits["setup"]])
+            child(config, limits, fds, prepared[limits["setup"]])
         for fd in fds:
             os.close(fd)
-        reason, status, cpu_s = watch(pid, limits, scratch, control)
+        reason, status, cpu_s = watch(pid, limits, scratch)
         result = open_result(scratch, limits["file"]) if limits["file"] else None
         reply = json.dumps({"reason": reason, "status": status, "cpu_s": cpu_s}).encode() + b"\n"
         socket.send_fds(control, [reply], [] if result is None else [result])
@@ -229,32 +238,32 @@ def preload(names):
 
 
 def start(control):
-    """Read the configuration, take on what lasts for life, import what submissions use; (config, ruleset)."""
+    """Read the configuration, take on what lasts for life, import what submissions use; what serve and child need."""
     config = json.loads(receive(control)[0])
     config["zygote"] = os.getpid()
     preload(config["preload"])
-    confine = config["confine"] = load(config["confine"])
-    config["harness"] = load(config["harness"])
-    config["harness"].make_ready()
+    confine, harness = load(config["confine"]), load(config["harness"])
+    harness.make_ready()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     confine.settle(config)
-    ruleset, note = None, ""
+    restrict, note = None, ""
     if config["landlock"]:
         try:
-            ruleset = confine.landlock_ruleset(config["landlock"], [config["scratch"], "/dev/null"])
+            restrict = confine.landlock(config["landlock"], [config["scratch"], "/dev/null"], RULESET)
         except OSError as error:
             note = str(error)
-    if ruleset is None and config["read_all"]:
+    if restrict is None and config["read_all"]:
         config["uid"] = 0
+    config |= {"restrict": restrict, "confine": confine.confine, "prepare": harness.prepare, "main": harness.main}
     os.chdir(config["scratch"])
+    os.umask(0o077)
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"pid": os.getpid(), "landlock": note}).encode() + b"\n")
-    return config, ruleset
+    dup2(0, 2)
+    return config
 
 
 if __name__ == "__main__":
-    # the trainer's number for it may be past all that a child closes
-    channel = socket.socket(fileno=os.dup(int(sys.argv[1])))
-    os.close(int(sys.argv[1]))
-    serve(channel, *start(channel))
+    channel = take_places(int(sys.argv[1]))
+    serve(channel, start(channel))

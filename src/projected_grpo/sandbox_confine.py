@@ -4,12 +4,13 @@ Standard library only: the zygote loads this file by path, apart from the packag
 """
 
 import ctypes
-import math
+import functools
 import os
 import resource
 import signal
 import struct
-import sys
+from os import close, getppid
+from resource import RLIMIT_CPU, setrlimit
 
 FILE_BYTES = 4 << 20
 MEMORY_BYTES = 512 << 20
@@ -30,15 +31,23 @@ def checked(result, what):
     return result
 
 
-def prctl(option, *args):
-    """prctl(2); raises OSError. Nothing where there is no such call."""
+def ready(option, *args):
+    """prctl(2) as a call without arguments: they are made here, before the fork. Nothing where there is no prctl."""
     if not hasattr(libc, "prctl"):
-        return 0
-    return checked(libc.prctl(option, *(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4])), f"prctl {option}")
+        return lambda: 0
+    return functools.partial(libc.prctl, option, *(ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4]))
 
 
-def landlock_ruleset(read, write):
-    """Descriptor of a Landlock ruleset: ``read`` paths readable, ``write`` folders also writable, all else refused."""
+def prctl(option, *args):
+    """prctl(2); raises OSError."""
+    return checked(ready(option, *args)(), f"prctl {option}")
+
+
+def landlock(read, write, place):
+    """The call that enters a Landlock ruleset: ``read`` paths readable, ``write`` folders also writable, no more.
+
+    The ruleset is kept as descriptor ``place``; the call closes it. Raises OSError where there is no Landlock.
+    """
     abi = checked(libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)), "landlock")
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     scoped = 3 if abi >= 6 else 0
@@ -46,7 +55,6 @@ def landlock_ruleset(read, write):
     ruleset = checked(
         libc.syscall(LANDLOCK_CREATE, attr, ctypes.c_size_t(len(attr)), ctypes.c_uint(0)), "landlock_create_ruleset"
     )
-    os.set_inheritable(ruleset, True)
     of_file = FS_WRITE_FILE | FS_READ_FILE | FS_TRUNCATE
     for paths, allowed in (
         (read, FS_READ_FILE | FS_READ_DIR),
@@ -60,7 +68,15 @@ def landlock_ruleset(read, write):
             rule = struct.pack("=Qi", rights, fd)
             checked(libc.syscall(LANDLOCK_ADD, ruleset, ctypes.c_uint(1), rule, ctypes.c_uint(0)), f"landlock {path}")
             os.close(fd)
-    return ruleset
+    os.dup2(ruleset, place)
+    os.close(ruleset)
+    call = functools.partial(libc.syscall, LANDLOCK_RESTRICT, place, ctypes.c_uint(0))
+
+    def enter():
+        checked(call(), "landlock_restrict_self")
+        close(place)
+
+    return enter
 
 
 def change_uid(uid, read_all):
@@ -82,21 +98,18 @@ def change_uid(uid, read_all):
     prctl(PR_SET_DUMPABLE, 0)
 
 
-def confine(config, ruleset, limits):
+def confine(config, limits):
     """Give up everything that a submission must not have; the last call before its code runs."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != config["zygote"]:
+    checked(config["die_with_zygote"](), "prctl PDEATHSIG")
+    if getppid() != config["zygote"]:
         os._exit(1)
-    # a backstop: the kernel counts this one in ticks, far too many of them on a busy virtual machine
-    cpu_s = math.ceil(limits["cpu_s"] * (3 if sys.platform == "linux" else 1))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+    setrlimit(RLIMIT_CPU, limits["rlimit_cpu"])
     if config["uid"]:
         change_uid(config["uid"], config["read_all"])
-    if ruleset is not None:
-        checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, ctypes.c_uint(0)), "landlock_restrict_self")
-        os.close(ruleset)
-    if config["seccomp"]:
-        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(config["program"]))
+    if config["restrict"] is not None:
+        config["restrict"]()
+    if config["enter_seccomp"] is not None:
+        checked(config["enter_seccomp"](), "prctl SECCOMP")
 
 
 def address_space():
@@ -123,3 +136,6 @@ def settle(config):
     config["filter"] = ctypes.create_string_buffer(program, len(program) or 1)
     fields = len(program) // 8, ctypes.addressof(config["filter"])
     config["program"] = ctypes.create_string_buffer(struct.pack("HxxxxxxP", *fields))
+    enter = ready(PR_SET_SECCOMP, 2, ctypes.addressof(config["program"]))
+    config["enter_seccomp"] = enter if program else None
+    config["die_with_zygote"] = ready(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -15,6 +15,7 @@ import builtins
 import gc
 import io
 import json
+import marshal
 import os
 import random
 import sys
@@ -114,11 +115,14 @@ def prepare(setup):
         exec(setup, module.__dict__)
     except Exception:
         return None
+    finally:
+        random.seed(0)
     return module
 
 
 def make_ready():
-    """What the zygote does once for all its children: a capped stdout, and the names that a script may expect."""
+    """What the zygote does once for all its children: seed, a capped stdout, and the names that a script may expect."""
+    random.seed(0)
     builtins.exit = builtins.quit = sys.exit
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(CappedStdout()), "utf-8", "backslashreplace")
 
@@ -285,8 +289,8 @@ def status_of(leaving):
 
 
 def main(payload, prepared):
-    """Do the job in ``payload`` (JSON bytes) and end the process, whatever the submission raises."""
-    job, status = {**json.loads(payload), "prepared": prepared}, 0
+    """Do the job in ``payload`` (marshalled by the trainer) and end the process, whatever the submission raises."""
+    job, status = {**marshal.loads(payload), "prepared": prepared}, 0
     try:
         run(job)
     except SystemExit as leaving:
@@ -301,8 +305,7 @@ def main(payload, prepared):
 
 
 def run(job):
-    """Prepare the interpreter, compile the submission, note that it compiles, do the probe."""
-    random.seed(0)
+    """Compile the submission, note that it compiles, do the probe."""
     code = compile(job["source"], "submission", "exec")
     os.write(RESULT_FD, COMPILED)
     PROBES[job["probe"]](job, code)

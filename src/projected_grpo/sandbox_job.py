@@ -1,6 +1,7 @@
 """What goes into the sandbox and what comes out of it: jobs, outcomes, and how a dead child's leavings are read."""
 
 import json
+import marshal
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from projected_grpo.sandbox_harness import COMPILED, MAX_NODES
 
 Probe = Literal["calls", "equal", "script", "stub", "audit", "flag"]
 Status = Literal["ok", "compile_error", "error", "exit", "cpu_limit", "wall_limit", "disk_limit", "signal", "bad_reply"]
+
+PLAIN = frozenset({type(None), bool, int, str})
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ class Outcome:
 
 def decode(data: Any) -> Any:
     """The value of tagged JSON (see sandbox_harness). Raises ValueError or TypeError otherwise."""
-    if data is None or type(data) in (bool, int, str):
+    if type(data) in PLAIN:
         return data
     if type(data) is list:
-        return [decode(item) for item in data]
+        return [item if type(item) in PLAIN else decode(item) for item in data]
     if type(data) is not dict:
         raise ValueError("not tagged JSON")
     if "o" in data:
@@ -91,7 +94,7 @@ def decode(data: Any) -> Any:
 def payload_of(job: Job) -> bytes:
     """What the child reads. Each call's arguments stay JSON of their own, so that each is decoded afresh."""
     fields = ("source", "probe", "entry", "calls", "setup", "cls", "name", "reference")
-    return json.dumps({key: getattr(job, key) for key in fields}).encode()
+    return marshal.dumps({key: getattr(job, key) for key in fields})
 
 
 def outcome_of(job: Job, told: Mapping[str, Any], reply: bytes | None, stdout: bytes, file: bytes | None) -> Outcome:

@@ -1,5 +1,6 @@
 """The sandbox's layers: what confines a submission, how each is set up, and the canaries that prove it at start-up."""
 
+import contextlib
 import errno
 import json
 import os
@@ -47,6 +48,8 @@ def seccomp_filter() -> bytes:
     import pyseccomp as seccomp  # here and not above: it raises where the system's libseccomp is missing
 
     made = seccomp.SyscallFilter(seccomp.ALLOW)
+    with contextlib.suppress(OSError, ValueError):  # a binary tree (libseccomp 2.5) takes the kernel a third as long
+        made.set_attr(seccomp.Attr.CTL_OPTIMIZE, 2)
     refuse = seccomp.ERRNO(errno.EPERM)
     for name in DENIED_SYSCALLS.split():
         try:
