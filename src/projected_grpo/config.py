@@ -65,7 +65,7 @@ class PoolCfg:
 class VHackCfg:
     """How the hack direction V is extracted and used."""
 
-    pairs: str = "organism32"
+    pairs: str = "organism64"
     """A name in pairs.PAIRSETS, or `pool`: pairs from the teacher pool, where the known modes' detector fires."""
     known_modes: tuple[Mode, ...] | None = None
     """Modes that the weak detector knows: pairs of other modes are left out. All modes when unset."""
@@ -83,7 +83,7 @@ class VHackCfg:
     """live: the loss's fixed denominator; mean: each completion by its own length."""
     pair_norm: Literal["none", "unit"] = "unit"
     """unit: each side's gradient scaled to norm 1 before hack minus clean is taken; none: as it is."""
-    refresh_every: int = 0
+    refresh_every: int = 10
     """Extract V again every n steps, quarantine ablated; 0 keeps the first."""
     gate: Gate = "one_sided"
     """one_sided removes only hack-ward parts, no_gate both signs, reverse mirrors."""
@@ -122,7 +122,7 @@ class ArmCfg:
 class RLCfg:
     """Dr.GRPO."""
 
-    steps: int = 100
+    steps: int = 50
     """Optimizer steps."""
     prompts_per_step: int = 8
     """Problems a step."""
@@ -233,7 +233,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             checkpoint_every=10,
         ),
     ),
-    "organism": ("100 steps of the organism on a CPU: the science preset.", Config()),
+    "organism": ("50 steps of the organism on a CPU: the science preset.", Config()),
     "fast": (
         "20 steps of Qwen3-4B with a teacher pool on one GPU.",
         Config(
