@@ -1,0 +1,176 @@
+"""Every arm's update on a tiny case, against one written out longhand; and adding an arm as the docs show it.
+
+The tiny case: four rollouts in two groups of two, two modules of four and three knobs, a V of two axes in the first
+module and one in the second. The longhand version uses Python floats and the arm's one line of math.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from projected_grpo import gates, proj
+from projected_grpo.config import PRESETS, VHackCfg
+from projected_grpo.extract_vhack_grad import HackBasis
+from projected_grpo.proj import ARMS, Arm
+from projected_grpo.train import apply_step, make_optimizer
+
+WIDTHS = {"a": 4, "b": 3}
+REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)
+A = torch.tensor([1.75, -1.75, -1.5, 1.5], dtype=torch.float64)
+FLAGGED, LOW = torch.tensor([True, True, False, False]), torch.tensor([False, False, False, True])
+STUDENT = torch.ones(4, dtype=torch.bool)
+BY_ROW = {rule for rule in gates.RULES if rule not in ("coin", "count")}
+
+
+def tiny() -> tuple[dict[str, torch.Tensor], HackBasis, HackBasis]:
+    """NLL gradients of the rows, the arm's V, and the real V."""
+    generator = torch.Generator().manual_seed(4)
+    N = {m: torch.randn(4, r, generator=generator, dtype=torch.float64) for m, r in WIDTHS.items()}
+
+    def basis(seed: int) -> HackBasis:
+        g = torch.Generator().manual_seed(seed)
+        V = {m: torch.linalg.qr(torch.randn(WIDTHS[m], k, generator=g, dtype=torch.float64))[0].T
+             for m, k in (("a", 2), ("b", 1))}  # fmt: skip
+        return HackBasis({m: v.contiguous() for m, v in V.items()}, {}, {})
+
+    return N, basis(1), basis(2)
+
+
+def dot(x, y) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True))
+
+
+def erased(g: dict, V: HackBasis) -> dict:
+    """g − Σ_axes max(0, v·g) v, module by module, in floats."""
+    out = {m: list(x) for m, x in g.items()}
+    for m, axes in V.V.items():
+        for v in axes.tolist():
+            c = max(0.0, dot(v, g[m]))
+            out[m] = [o - c * e for o, e in zip(out[m], v, strict=True)]
+    return out
+
+
+def norm(g: dict) -> float:
+    return sum(x * x for row in g.values() for x in row) ** 0.5
+
+
+def minus(g: dict, h: dict) -> dict:
+    return {m: [a - b for a, b in zip(g[m], h[m], strict=True)] for m in g}
+
+
+def scaled(g: dict, s: float) -> dict:
+    return {m: [s * x for x in row] for m, row in g.items()}
+
+
+def longhand(arm: Arm, N, V: HackBasis, real: HackBasis) -> tuple[dict, dict | None]:
+    """(what δS descends, what δS_hack descends) by the arm's definition."""
+    advantage, quarantined = A.tolist(), [0.0] * 4
+    match arm.rows:
+        case "drop":  # row 0 is flagged and has A > 0; row 1 is flagged and has A < 0
+            advantage[0] = 0.0
+        case "screen":  # the first group is flagged whole; the second is untouched
+            advantage = [0.0, 0.0, -1.5, 1.5]
+        case "punish":  # rewards 0 0 | .5 3.5
+            advantage = [0.0, 0.0, -1.5, 1.5]
+        case "route":  # flagged rows leave δS; all but the low row reach δS_hack
+            quarantined = [1.75, -1.75, -1.5, 0.0]
+            advantage = [0.0, 0.0, -1.5, 1.5]
+        case "route_low":
+            quarantined = [0.0, 0.0, -1.5, 1.5]
+            advantage = [1.75, -1.75, -1.5, 0.0]
+        case "both":
+            quarantined = A.tolist()
+    total = lambda w: {m: [dot(w, N[m][:, j].tolist()) for j in range(WIDTHS[m])] for m in WIDTHS}
+    g, q = total(advantage), total(quarantined)
+    kept = g
+    match arm.act:
+        case "erase" | "route":
+            kept = erased(g, V)
+        case "erase_mass":
+            away = minus(g, erased(g, V))
+            kept = minus(g, scaled(away, norm(minus(g, erased(g, real))) / norm(away)))
+        case "shrink":
+            kept = scaled(g, norm(erased(g, real)) / norm(g))
+        case "span":
+            kept = {m: [sum(dot(v, g[m]) * v[j] for v in V.V[m].tolist()) for j in range(WIDTHS[m])] for m in WIDTHS}
+    if arm.act == "route":
+        q = minus(scaled(q, 1.0), minus(kept, g))  # q + (g − kept)
+    return kept, (q if arm.quarantines else None)
+
+
+@pytest.mark.parametrize("name", [n for n, arm in ARMS.items() if arm.rows in BY_ROW])
+def test_an_arm_descends_what_its_line_says(name):
+    arm = ARMS[name]
+    N, V, real = tiny()
+    seen = gates.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
+    f = gates.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
+    G = N if arm.rows in gates.UNIT else {m: n * A[:, None] for m, n in N.items()}
+    p = proj.project(G, f, V, real, STUDENT, arm, VHackCfg())
+    kept, quarantined = longhand(arm, N, V, real)
+    for m in WIDTHS:
+        torch.testing.assert_close(p.kept[m], torch.tensor(kept[m], dtype=torch.float64))
+    assert (p.quarantined is None) == (quarantined is None)
+    if quarantined is not None:
+        for m in WIDTHS:
+            torch.testing.assert_close(p.quarantined[m], torch.tensor(quarantined[m], dtype=torch.float64))
+    whole = {m: (A @ n).tolist() for m, n in N.items()}
+    assert p.gn == pytest.approx(norm(whole)), "gn is of the plain gradient, whatever the arm"
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_rows_are_complete_and_controls_exist(name):
+    arm = ARMS[name]
+    assert arm.math
+    assert arm.H
+    assert arm.source
+    if arm.control is not None:
+        control = ARMS[arm.control]
+        assert control.basis in ("random", "shuffled")
+        assert (control.act, control.rows, control.reward) == (arm.act, arm.rows, arm.reward) or name == "gate_act"
+
+
+def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():
+    """Where every row is withheld δS stays, and the gradient's own norm is still reported."""
+    N, V, real = tiny()
+    seen = gates.Seen(A, REWARDS, torch.ones(4, dtype=torch.bool), LOW, 2, torch.Generator())
+    f = gates.factors("screen", seen, torch.zeros(4, dtype=torch.bool))
+    p = proj.project(N, f, V, real, STUDENT, ARMS["gate_screen"], VHackCfg())
+    assert all(not k.any() for k in p.kept.values())
+    assert p.gn > 0
+
+
+@pytest.mark.parametrize("act", ["erase", "shrink"])
+def test_project_update_acts_on_what_the_optimizer_did(act, wrapped):
+    """δS moves by the kept part of the very update that AdamW makes without an intervention."""
+    _, knobs = wrapped
+    cfg = PRESETS["organism"][1]
+    state = knobs.state()
+    generator = torch.Generator().manual_seed(0)
+    g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
+    V = {m: torch.eye(len(d), dtype=torch.float64)[:2] for m, d in knobs.delta.items()}
+    plain = apply_step(knobs, proj.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0).descent
+    knobs.load_state(state)
+    update_cfg = replace(cfg.vhack, project="update")
+    acted = lambda descent: proj.acted(descent, V, V, act, update_cfg)
+    got = apply_step(knobs, proj.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0, acted).descent
+    kept, _ = proj.acted(plain, V, V, act, update_cfg)
+    for m in g:
+        torch.testing.assert_close(got[m], kept[m], rtol=1e-6, atol=1e-9)
+
+
+def test_the_worked_example_of_the_docs_is_an_arm_that_runs():
+    """docs/method.md adds an arm in one row; that very row is taken from the page and put through a step."""
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    (row,) = re.findall(r"```python\n(\"erase_half\": Arm\(.*?\),?)\n```", page, re.S)
+    name, arm = next(iter(eval("{" + row + "}", {"Arm": Arm}).items()))
+    assert name not in ARMS
+    N, V, real = tiny()
+    seen = gates.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
+    f = gates.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
+    p = proj.project({m: n * A[:, None] for m, n in N.items()}, f, V, real, STUDENT, arm, VHackCfg())
+    kept, _ = longhand(arm, N, V, real)
+    for m in WIDTHS:
+        torch.testing.assert_close(p.kept[m], torch.tensor(kept[m], dtype=torch.float64))
