@@ -105,5 +105,5 @@ def test_every_name_in_the_method_page_exists():
         at = importlib.import_module(f"projected_grpo.{module}")
         for part in path:
             at = getattr(at, part)
-    bare = {n for n in re.findall(r"`([a-z_]+)`", page)}
+    bare = set(re.findall(r"`([a-z_]+)`", page))
     assert bare & modules, "some modules are named alone"

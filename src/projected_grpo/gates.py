@@ -66,9 +66,23 @@ class Detector:
     scorer: Scorer
     threshold: float
     low: float
+    sigma: float
 
     def __call__(self, evidence: Any) -> Float[Tensor, " b"]:
         return self.scorer(evidence)
+
+
+def either(first: Detector, second: Detector) -> Detector:
+    """Flags what one of two detectors flags; its evidence is the pair of theirs. Score: the larger excess over the own
+    threshold, in the own clean sides' σ.
+    """
+
+    def scorer(evidence: tuple[Any, Any]) -> Float[Tensor, " b"]:
+        excess = [(d(e) - d.threshold) / d.sigma for d, e in zip((first, second), evidence, strict=True)]
+        return torch.maximum(*excess)
+
+    low = max((d.low - d.threshold) / d.sigma for d in (first, second))
+    return Detector(scorer, 0.0, low, 1.0)
 
 
 def detector(
@@ -87,7 +101,7 @@ def detector(
         fold = torch.arange(n) * FOLDS // n  # blocks: pair sets put their modes in turn
         clean = torch.cat([clean_scores(fit(fold != f), fold == f) for f in range(FOLDS)])
     mean, sigma = float(clean.mean()), float(clean.std())
-    return Detector(whole, mean + cfg.threshold_sd * sigma, mean)
+    return Detector(whole, mean + cfg.threshold_sd * sigma, mean, sigma)
 
 
 def gradient_detector(pairs: PairGrads, basis_from: Callable[[PairGrads], HackBasis], cfg: VHackCfg) -> Detector:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ def directions_for(
 
 def pools_of(arm: Arm) -> list[activations.Pool]:
     """Which pooled activations an arm reads."""
-    return ["mean"] * (arm.score == "activation") + ["last"] * arm.reward.startswith("rebound")
+    return ["mean"] * (arm.score in ("activation", "either")) + ["last"] * arm.reward.startswith("rebound")
 
 
 def detector_for(
@@ -175,7 +176,14 @@ def detector_for(
             return gates.gradient_detector(own, lambda _: used, cfg.vhack)
         fitted = replace(cfg.vhack, n_heldout=0)
         return gates.gradient_detector(own, lambda g: vhack.sliced(vhack.fit_basis(g, fitted), fitted), cfg.vhack)
-    hack, clean = states if states is not None else (gates.flat(own.hack), gates.flat(own.clean))
+    sides = {"fisher": (gates.flat(own.hack), gates.flat(own.clean)), "activation": states}
+    if arm.score == "either":
+        return gates.either(*(linear_for(arm, *sides[kind], cfg) for kind in ("fisher", "activation")))
+    return linear_for(arm, *sides[arm.score], cfg)
+
+
+def linear_for(arm: Arm, hack: Float[Tensor, "n d"], clean: Float[Tensor, "n d"], cfg: Config) -> Detector:
+    """The linear detector of two sides of evidence, with the arm's control in the direction's place."""
     match arm.basis:
         case "random":
             w = activations.random_direction(hack[0], cfg.seed)

@@ -13,7 +13,7 @@ from projected_grpo.extract_vhack_grad import HackBasis
 Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo", "clean"]
 Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
 Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "route", "route_low", "both"]
-Score = Literal["gradient", "fisher", "activation"]
+Score = Literal["gradient", "fisher", "activation", "either"]
 Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
 
 BRIEF, METHOD = "this project", "control"
@@ -151,6 +151,23 @@ ARMS: dict[str, Arm] = {
     ),
     "gate_punish_random": Arm(
         "as gate_punish with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="punish"
+    ),
+    "gate_either_punish": Arm(
+        "as gate_act_punish; flagged by activations or by gate_fisher's score", BRIEF,
+        "each detector catches unseen hacks that the other misses", rows="punish", score="either",
+        control="gate_either_punish_random",
+    ),
+    "gate_either_punish_random": Arm(
+        "as gate_either_punish, both directions random", METHOD, "no less hack than none", "random", rows="punish",
+        score="either",
+    ),
+    "gate_act_punish_erase": Arm(
+        "gate_act_punish, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="punish",
+        score="activation", act="erase", control="gate_act_punish_erase_random",
+    ),
+    "gate_act_punish_erase_random": Arm(
+        "as gate_act_punish_erase, w and V random", METHOD, "no less hack than none", "random", rows="punish",
+        score="activation", act="erase",
     ),
     "gate_erase": Arm(
         "gate_drop, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="drop", act="erase",

@@ -60,6 +60,9 @@ def long(arm: str) -> Row:
 BEST = ("erase", "gate_act", "gate_act_punish")
 """The arms that exploration left as candidates (docs/spec.md)."""
 
+COMBINED = ("gate_either_punish", "gate_act_punish_erase")
+"""Combinations that the detectors' faults on held-out modes suggested (docs/spec.md, deviations)."""
+
 ROWS: dict[str, Row] = {
     row.label: row
     for row in (
@@ -68,14 +71,15 @@ ROWS: dict[str, Row] = {
             "gate_screen", "gate_punish", "gate_erase", "gate_route", "shuffled_V", "nonhack_V", "placebo_V",
             "random_V_mass", "shrink", "coinflip", "random_V_route", "shuffled_V_route", "nonhack_V_route",
             "placebo_V_route", "gate_random", "gate_coin", "gate_act_random", "gate_act_shuffled",
-            "gate_act_punish_random", "gate_route_random", "gate_route_reversed", "trusted", "absorb", "inoculation",
+            "gate_act_punish_random", "gate_either_punish", "gate_either_punish_random",
+            "gate_act_punish_erase", "gate_act_punish_erase_random", "gate_route_random", "gate_route_reversed", "trusted", "absorb", "inoculation",
             "rebound_mul", "rebound_mul_random", "rebound_add", "rebound_add_random", "penalty", "screening",
         ),
         Row("random_V", "random_V", n_seeds=10),
         *variants("penalty", ("dose 1", ("--penalty=1",)), ("acc .9", ("--monitor-accuracy=0.9",)),
                   ("acc .7", ("--monitor-accuracy=0.7",))),
         *variants("screening", ("acc .9", ("--monitor-accuracy=0.9",)), ("acc .7", ("--monitor-accuracy=0.7",))),
-        *(Row(f"{arm} out {mode}", arm, known(*others(mode))) for arm in BEST for mode in MODES),
+        *(Row(f"{arm} out {mode}", arm, known(*others(mode))) for arm in (*BEST, *COMBINED) for mode in MODES),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
         *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random")),
         *(
@@ -129,7 +133,7 @@ STUDY_ROWS = (
     StudyRow(
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
-        tuple(f"{arm} out {mode}" for arm in ("gate_act_punish", "erase") for mode in MODES), 3,
+        tuple(f"{arm} out {mode}" for arm in ("gate_act_punish", "erase", *COMBINED) for mode in MODES), 3,
     ),
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",

@@ -121,13 +121,18 @@ def apply_step(
 def scored(x: Experiment, arm: Arm, N: dict[str, Tensor], batch: GradedBatch, cfg: Config) -> tuple[Tensor, ...]:
     """(scores by the hack V "m b", by a random V "m b", flagged "b", low "b") of rows with NLL gradients N."""
     V, gate = x.directions, x.directions.gate
+    states = None
+    if arm.score in ("activation", "either"):
+        states = activations.pooled(x.model, batch.ids, batch.mask, "mean", cfg.rl.micro_batch)
     match arm.score:
         case "gradient":
             own = gate(N)
         case "fisher":
             own = gate(gates.flat(N))
         case "activation":
-            own = gate(activations.pooled(x.model, batch.ids, batch.mask, "mean", cfg.rl.micro_batch))
+            own = gate(states)
+        case "either":
+            own = gate((gates.flat(N), states))
     return gates.row_scores(N, V.real), gates.row_scores(N, V.random), own > gate.threshold, own < gate.low
 
 
