@@ -77,7 +77,7 @@ def steps_of(plant: Plant, rng: np.random.Generator) -> list[dict]:
         by_mode = {f"{k}_by_mode": {m: c[k] for m, c in counts.items() if c[k]} for k in BASE}
         spread = {"cin": (0.2, 0.4), "cin_null": (0.15, 0.17), "cout_update": (0, 0.1), "removed_frac": (0.2, 0.4)}
         diagnostics = {name: rng.uniform(*between) for name, between in spread.items()} | {
-            "cout": 0.0, "dropped": 0.1, "basis_overlap": 0.6 if step == 10 else None,
+            "cout": 0.0, "withheld": 0.1, "basis_overlap": 0.6 if step == 10 else None,
             "sec_gen": 1.0, "sec_grade": 0.5, "sec_train": 1.5,
         }  # fmt: skip
         rows.append({"step": step, **shares, **by_mode, "n_by_mode": dict.fromkeys(MODES, 16), **diagnostics})

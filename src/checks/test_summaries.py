@@ -210,11 +210,11 @@ def test_a_run_without_a_detector_or_later_columns_is_still_used(tmp_path):
     rows = pl.read_parquet(folder / "rollouts.parquet").drop("score_random", "flagged")
     rows.write_ndjson(folder / "rollouts.jsonl")
     (folder / "rollouts.parquet").unlink()
-    spoil(folder, "steps.jsonl", lambda t: t.replace('"dropped": 0.1, ', ""))
+    spoil(folder, "steps.jsonl", lambda t: t.replace('"withheld": 0.1, ', ""))
     found = summaries.summarise(Study("s", (job,)), tmp_path)
     assert not found.missing
     assert set(found.tables["detector"]["score"]) == {"own"}
-    assert found.tables["steps"]["dropped"].null_count() == 60
+    assert found.tables["steps"]["withheld"].null_count() == 60
     assert "| none" in results_docs.render([Analysis(found)])
 
 

@@ -32,7 +32,9 @@ Differences are paired by seed. *boot*: hierarchical bootstrap, seeds and then p
 within seed pairs; *split*: exact permutation of all runs of both labels; each p with, in brackets, the smallest that
 so many seeds allow, and after the arrow Holm's correction over the table. *TOST*: equivalence within
 {stats.MARGIN:.2f}; ✓: shown to be equal; no ✓ means not shown, not different. **cin null**: what cin would be for
-random directions. **V accuracy**: share of held-out pairs that V tells apart.
+random directions. **V accuracy**: share of held-out pairs that V tells apart. **withheld**: share of student rollouts
+whose gradient was kept from δS; **caught** and **false alarm**: shares flagged of those that fool their channel and of
+the others. The detector is judged on student rollouts that have a gradient.
 ° marks a mode that V never saw.
 """
 

@@ -18,7 +18,7 @@ PHASES = {"0-19": (0, 20), "20-49": (20, 50), "50 on": (50, 10**9)}
 PROBE = "gt_only"
 """The capability probe's mode, which no pooled rate includes."""
 CURVES = ("hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout", "cout_update", "removed_frac")
-LATER_CURVES = ("dropped", "basis_overlap")
+LATER_CURVES = ("withheld", "caught", "false_alarm", "basis_overlap")
 """Curves that a run may lack: None there."""
 NOT_SETTINGS = ("seed", "outputs", "name", "threads", "graders", "checkpoint_every")
 """Config fields that say where and how a run was made, not what it was."""

@@ -151,7 +151,7 @@ def gradient(a: Analysis) -> str:
     """cin beside its null, and what was removed: means over steps, then seeds."""
     columns = {
         "cin": "cin", "cin_null": "cin null", "cout": "cout", "cout_update": "cout_Δ", "removed_frac": "removed",
-        "dropped": "dropped", "basis_overlap": "overlap",
+        "withheld": "withheld", "caught": "caught", "false_alarm": "false alarm", "basis_overlap": "overlap",
     }  # fmt: skip
     runs = a.summary.tables["runs"].group_by("label", maintain_order=True).agg(pl.col("v_heldout_accuracy").mean())
     quality = dict(runs.iter_rows())
