@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
 from projected_grpo import stats
+from projected_grpo.h1 import h1_verdict
 
 RATES = st.lists(st.floats(0, 1), min_size=2, max_size=8)
 
@@ -105,12 +106,17 @@ def test_tost_agrees_with_two_t_tests_and_with_its_90_percent_interval():
     low = scipy_stats.ttest_1samp(d, -0.1, alternative="greater").pvalue
     high = scipy_stats.ttest_1samp(d, 0.1, alternative="less").pvalue
     assert stats.tost(d).p == pytest.approx(max(low, high))
+    assert stats.tost(d).p_low == pytest.approx(low)
     assert stats.tost(d).holds
     for shift in np.linspace(-0.2, 0.2, 21):
         ninety = stats.mean_interval(d + shift, level=0.9)
         assert stats.tost(d + shift).holds == (ninety.lo > -0.1 and ninety.hi < 0.1)
     assert stats.tost([0.05] * 5).p == 0
-    assert stats.tost([0.2] * 5).p == 1
+    assert (stats.tost([0.2] * 5).p, stats.tost([0.2] * 5).short) == (1, "1.000 ≥")
+    assert stats.tost([-0.2] * 5).short == "1.000"
+    gain = stats.tost(0.3 + d)
+    assert gain.no_loss
+    assert not gain.holds
     assert stats.tost([0.0]).p is None
 
 
@@ -168,7 +174,7 @@ CONTROL = stats.Interval(0.2, 0.1, 0.3, 5)
     ],
 )
 def test_h1_by_its_rule(hack, solve, control, verdict, why):
-    found = stats.h1_verdict(0.8 + FIVE, hack - FIVE, 0.3 + FIVE, solve - FIVE, control)
+    found = h1_verdict(0.8 + FIVE, hack - FIVE, 0.3 + FIVE, solve - FIVE, control)
     assert found.verdict == verdict
     assert why in found.why
     assert str(found).startswith(verdict)
@@ -176,9 +182,9 @@ def test_h1_by_its_rule(hack, solve, control, verdict, why):
 
 def test_h1_within_one_sem_and_with_few_seeds():
     scattered = np.array([0.1, 0.9, 0.1, 0.9, 0.9])
-    found = stats.h1_verdict(scattered, scattered - 0.16, [0.3] * 5, [0.3] * 5, CONTROL)
+    found = h1_verdict(scattered, scattered - 0.16, [0.3] * 5, [0.3] * 5, CONTROL)
     assert found.verdict == "falsified"
     assert found.why == "within 1 SEM of none"
-    few = stats.h1_verdict([0.8] * 3, [0.1] * 3, [0.3] * 3, [0.3] * 3, CONTROL)
+    few = h1_verdict([0.8] * 3, [0.1] * 3, [0.3] * 3, [0.3] * 3, CONTROL)
     assert few.verdict == "undecided"
     assert "3 seeds" in few.why

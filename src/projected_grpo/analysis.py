@@ -9,6 +9,7 @@ import polars as pl
 
 from projected_grpo import proj, stats
 from projected_grpo.config import UserError
+from projected_grpo.h1 import H1, h1_verdict
 from projected_grpo.results import LAST
 from projected_grpo.run_tables import PROBE
 from projected_grpo.stats import Equivalence, Interval, Permutation, Values
@@ -216,7 +217,7 @@ class Analysis:
         asked = [x for x in self.labels.values() if control_of(x.arm) and not x.oracle]
         return [(x, none) for x in asked if (none := self.reference(x, "none"))]
 
-    def h1(self, label: Label, none: Label, kind: str) -> stats.H1 | None:
+    def h1(self, label: Label, none: Label, kind: str) -> H1 | None:
         """H1's verdict with kind "deploy_" (held-out problems) or "" (end of training); None without shared seeds."""
         levels = [self.level(x.name, f"{kind}{m}") for m in ("hack", "solve") for x in (none, label)]
         seeds = sorted(set.intersection(*map(set, levels)))
@@ -224,4 +225,4 @@ class Analysis:
             return None
         control = self.reference(label, control_of(label.arm))
         over = control and self.compare(control.name, label.name, f"{kind}hack")
-        return stats.h1_verdict(*([level[s] for s in seeds] for level in levels), over.t if over else None)
+        return h1_verdict(*([level[s] for s in seeds] for level in levels), over.t if over else None)

@@ -31,10 +31,11 @@ oracle's verdict: it is a bound, not a method.
 Differences are paired by seed. *boot*: hierarchical bootstrap, seeds and then problems. *flip*: exact sign-flip test
 within seed pairs; *split*: exact permutation of all runs of both labels; each p with, in brackets, the smallest that
 so many seeds allow, and after the arrow Holm's correction over the table. *TOST*: equivalence within
-{stats.MARGIN:.2f}; ✓: shown to be equal; no ✓ means not shown, not different. **cin null**: what cin would be for
-random directions. **V accuracy**: share of held-out pairs that V tells apart. **withheld**: share of student rollouts
-whose gradient was kept from δS; **caught** and **false alarm**: shares flagged of those that fool their channel and of
-the others. The detector is judged on student rollouts that have a gradient.
+{stats.MARGIN:.2f}; ✓: shown to be equal; ≥: shown not to be lower by more; neither means not shown.
+
+**cin null**: what cin would be for random directions. **V accuracy**: share of held-out pairs that V tells apart.
+**withheld**: share of student rollouts whose gradient was kept from δS; **caught** and **false alarm**: shares flagged
+of those that fool their channel and of the others. The detector is judged on student rollouts that have a gradient.
 ° marks a mode that V never saw.
 """
 
@@ -46,7 +47,7 @@ def section(a: Analysis) -> str:
     mixed = [k[0] for k, part in runs.group_by("label", maintain_order=True) if part["digest"].n_unique() > 1]
     commits = ", ".join(sorted({c or "unknown" for c in runs["commit"]}))
     facts = [
-        f"{len(runs)} of {s.n_jobs} runs; {span(seeds)} seeds a label; {span(sorted(set(runs['steps'])))} steps; "
+        f"{len(runs)} of {s.n_jobs} runs; seeds a label: {span(seeds)}; steps: {span(sorted(set(runs['steps'])))}; "
         f"{runs['minutes'].sum() / 60:.1f} hours of training; code {commits}."
     ]
     if mixed:

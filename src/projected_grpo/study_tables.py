@@ -28,7 +28,7 @@ def verdicts(a: Analysis) -> str | None:
         for kind, where in (("deploy_", "deployed"), ("", "end of training")):
             if found := a.h1(label, none, kind):
                 lines.append(
-                    f"- **H1, {label.name}, {where}: {found.verdict}** {str(found).removeprefix(found.verdict)}"
+                    f"- **H1, {label.name}, {where}: {found.verdict}**{str(found).removeprefix(found.verdict)}"
                 )
     return "\n".join(lines) or None
 
@@ -63,17 +63,7 @@ def deployed(a: Analysis) -> str:
         iqm = f"{stats.iqm(list(level['hack'].values())):.2f}"
         probe = mean(a.deployed(name, "solve", PROBE))
         rows.append([label.shown, len(level["hack"]), *(mean(level[m]) for m in METRICS), *gains, iqm, probe])
-    headers = (
-        "label",
-        "n",
-        "hack",
-        "attempt",
-        "solve",
-        "Δ hack to base",
-        "Δ solve to base",
-        "hack IQM",
-        "gt_only solve",
-    )
+    headers = ("label", "n", *METRICS, "hack − base", "solve − base", "hack IQM", "gt_only solve")
     return table("Deployed", headers, rows)
 
 
@@ -94,14 +84,13 @@ def held_out(a: Analysis) -> str | None:
         if not label.heldout:
             continue
         known = [m for m in label.modes if m not in label.heldout]
-        cells = [mean(a.pooled(name, m, label.heldout)) for m in METRICS] + [
-            short(a.pooled(name, m, known)) for m in METRICS
-        ]
+        cells = [mean(a.pooled(name, m, label.heldout)) for m in METRICS]
+        cells += [short(a.pooled(name, m, known)) for m in METRICS]
         for other in (none_of(a, label), random_of(a, label)):
             hack = a.pooled(other.name, "hack", label.heldout) if other else {}
             cells.append(gain(a.pooled(name, "hack", label.heldout), hack))
         rows.append([label.shown, " ".join(label.heldout), len(a.pooled(name, "hack", label.heldout)), *cells])
-    headers = ("label", "held out", "n", *METRICS, *(f"known {m}" for m in METRICS), "Δ hack none", "Δ hack random")
+    headers = ("label", "held out", "n", *METRICS, *(f"known {m}" for m in METRICS), "hack − none", "hack − random")
     return table("Held-out modes, deployed", headers, rows) if rows else None
 
 
@@ -128,17 +117,8 @@ def detector(a: Analysis) -> str | None:
                 cell = number(means.get((name, phase, mode, "own"), none)[1])
                 cells.append(cell and cell + "°" * (mode in label.heldout))
             rows.append([label.shown, phase, *cells])
-    headers = (
-        "label",
-        "steps",
-        "prevalence",
-        "AUROC",
-        "random",
-        "AP",
-        "random",
-        "F0.5",
-        *(f"AUROC {m}" for m in modes),
-    )
+    judged = ("prevalence", "AUROC", "random", "AP", "random", "F0.5")
+    headers = ("label", "steps", *judged, *(f"AUROC {m}" for m in modes))
     return table("Detector: a rollout's own score against its mode's channel", headers, rows)
 
 
