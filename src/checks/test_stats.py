@@ -60,20 +60,20 @@ def test_intervals_agree_with_scipy():
     assert not stats.mean_interval([0.4]).excludes_zero
 
 
-def coverage(interval, seeds: int, trials: int = 400) -> float:
+def coverage(interval, noise: float, seeds: int = 5, trials: int = 400) -> float:
     """Share of intervals that cover 0 when both arms are the same: seeds differ, problems differ within a seed."""
     rng, covered = np.random.default_rng(2), 0
     for _ in range(trials):
         of_seed = rng.normal(0, 0.1, seeds)
-        found = interval([rng.normal(m, 0.3, 16) for m in of_seed])
+        found = interval([rng.normal(m, noise, 16) for m in of_seed])
         covered += found.lo <= 0 <= found.hi
     return covered / trials
 
 
 def test_intervals_of_a_planted_null_cover_zero_at_the_stated_rate():
-    assert coverage(lambda d: stats.mean_interval([x.mean() for x in d]), 5) == pytest.approx(0.95, abs=0.03)
-    hierarchical = coverage(lambda d: stats.bootstrap(d, draws=500), 5)
-    assert 0.92 <= hierarchical <= 0.995, hierarchical
+    assert coverage(lambda d: stats.mean_interval([x.mean() for x in d]), 0.3) == pytest.approx(0.95, abs=0.03)
+    assert coverage(lambda d: stats.bootstrap(d, draws=500), 0.15) == pytest.approx(0.95, abs=0.03)
+    assert coverage(lambda d: stats.bootstrap(d, draws=500), 0.3) >= 0.95  # wide where problems are noisy
 
 
 def test_bootstrap_over_seeds_alone_agrees_with_scipys():

