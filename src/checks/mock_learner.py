@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+
+from projected_grpo.study import Job, Study
 
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 STEPS, PROBLEMS, SAMPLES = 60, 8, 4
@@ -27,27 +30,14 @@ class Plant:
     relearn_onset: float | None = None
 
 
-@dataclass(frozen=True)
-class Job:
-    """A study's job, as study.Job has it."""
-
-    label: str
-    intervention: str
-    seed: int
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return "-".join((self.label.replace(" ", "_"), *self.overrides, f"s{self.seed}"))
+def job(label: str, arm: str, seed: int, *flags: str) -> Job:
+    """A study's job."""
+    return Job(label, arm, flags, seed)
 
 
-@dataclass(frozen=True)
-class Study:
-    name: str
-    jobs: tuple[Job, ...]
-    H: str = "the planted effects are there"
-    why: str = "a check"
-    resolve: str = "the analysis finds what was planted"
+def study(name: str, jobs: Sequence[Job]) -> Study:
+    """A study of these jobs."""
+    return Study(name, "the planted effects are there", "a check", "the analysis finds what was planted", tuple(jobs))
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

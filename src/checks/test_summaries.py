@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from mock_learner import MODES, Job, Plant, Study, write_run
+from mock_learner import MODES, Plant, job, study, write_run
 from scipy import stats as scipy_stats
 
 from projected_grpo import proj, quotes, results_docs, summaries
 from projected_grpo.analysis import Analysis
 from projected_grpo.config import UserError
+from projected_grpo.study import STUDIES
 
 PLANTS = {
     "none": ("none", Plant(0.80, 0.30, relearn_onset=20)),
@@ -37,17 +38,17 @@ def world(tmp_path_factory):
     root, jobs = tmp_path_factory.mktemp("world"), []
     for label, (arm, plant) in PLANTS.items():
         for seed in SEEDS:
-            jobs.append(Job(label, arm, seed, (f"--label={label}",) if label in ("weak", "broken") else ()))
+            jobs.append(job(label, arm, seed, f"--label={label}"))
             write_run(root / "runs", jobs[-1], plant, oracle=arm == "penalty")
     fold = [j for j in jobs if j.label in ("none", "random_V")]
     for seed in SEEDS:
-        fold.append(Job("drop but sentinel", "drop", seed, ("--known-modes=rest",)))
+        fold.append(job("drop but sentinel", "drop", seed, "--known-modes=rest"))
         write_run(root / "runs", fold[-1], HELD_OUT, known=tuple(m for m in MODES if m != "sentinel"))
     with pytest.MonkeyPatch.context() as patch:
         for arm in {j.intervention for j in jobs}:
             row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm == "penalty")
             patch.setitem(proj.ARMS, arm, row)
-        studies = (Study("headline", tuple(jobs)), Study("leave_one_out", tuple(fold)))
+        studies = (study("headline", jobs), study("leave_one_out", fold))
         summaries.update(studies, root / "runs", root / "docs" / "results")
         (root / "README.md").write_text("nothing\n")
         results_docs.main(str(root / "docs"), str(root / "README.md"))
@@ -173,45 +174,45 @@ SPOILED = {
 
 
 def test_broken_runs_are_named_and_left_out(tmp_path):
-    jobs = [Job("none", "none", seed) for seed in range(len(SPOILED) + 2)]
-    for job, (break_it, _) in zip(jobs[2:], SPOILED.values(), strict=True):
+    jobs = [job("none", "none", seed) for seed in range(len(SPOILED) + 2)]
+    for each, (break_it, _) in zip(jobs[2:], SPOILED.values(), strict=True):
         if break_it:
-            break_it(write_run(tmp_path, job, PLANTS["none"][1]))
+            break_it(write_run(tmp_path, each, PLANTS["none"][1]))
     write_run(tmp_path, jobs[0], PLANTS["none"][1])
     write_run(tmp_path, jobs[1], PLANTS["none"][1]).rename(tmp_path / f"{jobs[1].name}.part")
-    found = summaries.summarise(Study("s", tuple(jobs)), tmp_path)
+    found = summaries.summarise(study("s", jobs), tmp_path)
     assert found.tables["runs"]["seed"].to_list() == [0]
-    assert found.missing.pop(jobs[1].name) == "unfinished"
-    for job, (name, (_, why)) in zip(jobs[2:], SPOILED.items(), strict=True):
-        assert why in found.missing[job.name], name
+    assert found.missing[jobs[1].name] == "unfinished"
+    for each, (name, (_, why)) in zip(jobs[2:], SPOILED.items(), strict=True):
+        assert why in found.missing[each.name], name
     page = results_docs.render([Analysis(found)])
-    assert all(job.name in page for job in jobs[1:] if found.missing.get(job.name) != "not run")
+    assert all(each.name in page for each in jobs[1:] if found.missing[each.name] != "not run")
     assert "not run: 1" in page
 
 
 def test_a_summary_is_not_lost_where_the_runs_are_not(world, tmp_path):
-    study, store = world.studies[0], world.docs / "results"
+    headline, store = world.studies[0], world.docs / "results"
     before = (store / "headline" / "runs.parquet").read_bytes()
-    summaries.update([study], tmp_path, store)
+    summaries.update([headline], tmp_path, store)
     assert (store / "headline" / "runs.parquet").read_bytes() == before
-    fewer = replace(study, jobs=study.jobs[:10])
+    fewer = replace(headline, jobs=headline.jobs[:10])
     summaries.update([fewer], world.runs, tmp_path)
-    summaries.update([replace(study, jobs=study.jobs[:5])], world.runs, tmp_path)
+    summaries.update([replace(headline, jobs=headline.jobs[:5])], world.runs, tmp_path)
     assert len(summaries.load(tmp_path / "headline").tables["runs"]) == 10
-    summaries.update([replace(study, jobs=study.jobs[:5])], world.runs, tmp_path, force=True)
+    summaries.update([replace(headline, jobs=headline.jobs[:5])], world.runs, tmp_path, force=True)
     assert len(summaries.load(tmp_path / "headline").tables["runs"]) == 5
     with pytest.raises(UserError, match="holds no readable summary"):
         summaries.load(tmp_path / "nothing")
 
 
 def test_a_run_without_a_detector_or_later_columns_is_still_used(tmp_path):
-    job = Job("none", "none", 41)
-    folder = write_run(tmp_path, job, PLANTS["drop"][1])
+    run = job("none", "none", 41)
+    folder = write_run(tmp_path, run, PLANTS["drop"][1])
     rows = pl.read_parquet(folder / "rollouts.parquet").drop("score_random", "flagged")
     rows.write_ndjson(folder / "rollouts.jsonl")
     (folder / "rollouts.parquet").unlink()
     spoil(folder, "steps.jsonl", lambda t: t.replace('"withheld": 0.1, ', ""))
-    found = summaries.summarise(Study("s", (job,)), tmp_path)
+    found = summaries.summarise(study("s", [run]), tmp_path)
     assert not found.missing
     assert set(found.tables["detector"]["score"]) == {"own"}
     assert found.tables["steps"]["withheld"].null_count() == 60
@@ -219,10 +220,10 @@ def test_a_run_without_a_detector_or_later_columns_is_still_used(tmp_path):
 
 
 def test_a_seed_twice_is_refused(tmp_path):
-    jobs = (Job("none", "none", 41), Job("none", "none", 41, ("--k=3",)))
-    for job in jobs:
-        write_run(tmp_path, job, PLANTS["none"][1])
-    found = summaries.summarise(Study("s", jobs), tmp_path)
+    jobs = (job("none", "none", 41), job("none", "none", 41, "--k=3"))
+    for each in jobs:
+        write_run(tmp_path, each, PLANTS["none"][1])
+    found = summaries.summarise(study("s", jobs), tmp_path)
     with pytest.raises(UserError, match="two runs of 'none' have seed 41"):
         results_docs.render([Analysis(found)])
 
@@ -256,3 +257,9 @@ def test_studies_of_a_stored_summary_keep_their_text(world):
     assert text["H"] == "the planted effects are there"
     assert text["n_jobs"] == 45
     assert text["missing"] == {}
+
+
+def test_no_study_has_a_label_twice_at_a_seed():
+    for each in STUDIES.values():
+        names = [(j.label, j.seed) for j in each.jobs]
+        assert len(names) == len(set(names)), each.name

@@ -5,12 +5,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import polars as pl
 
 from projected_grpo import proj, stats
 from projected_grpo.results import json_lines
+from projected_grpo.study import Job
 
 Row = dict[str, Any]
 PHASES = {"0-19": (0, 20), "20-49": (20, 50), "50 on": (50, 10**9)}
@@ -43,20 +44,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "run": S, "phase": S, "mode": S, "score": S, "n": I, "prevalence": F, "auroc": F, "ap": F, "f05": F,
     },
 }  # fmt: skip
-
-
-class Job(Protocol):
-    """What is read of a study's job."""
-
-    label: str
-    intervention: str
-    overrides: tuple[str, ...]
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The run's folder name."""
-        ...
 
 
 class Unusable(Exception):

@@ -20,28 +20,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import polars as pl
 import tyro
 from loguru import logger
 
 from projected_grpo.config import UserError, choose
-from projected_grpo.run_tables import SCHEMAS, Job, Row, Unusable, summarise_run
+from projected_grpo.run_tables import SCHEMAS, Row, Unusable, summarise_run
+from projected_grpo.study import STUDIES, Study
 
 Tables = dict[str, pl.DataFrame]
 DIGITS = 4
 """Decimals that are stored."""
-
-
-class Study(Protocol):
-    """What is read of a study."""
-
-    name: str
-    H: str
-    why: str
-    resolve: str
-    jobs: Sequence[Job]
 
 
 @dataclass(frozen=True)
@@ -123,13 +113,6 @@ def update(studies: Sequence[Study], runs: Path, store: Path, force: bool = Fals
             logger.info("{}: {} of {} runs, {:.0f} kB", study.name, len(here), summary.n_jobs, size / 1000)
 
 
-def studies() -> dict[str, Study]:
-    """The table of studies. Imported here so that the summaries can be read without what a study needs to run."""
-    from projected_grpo import study
-
-    return study.STUDIES
-
-
 def main(
     names: tyro.conf.Positional[tuple[str, ...]] = (),
     outputs: str = "outputs",
@@ -137,8 +120,8 @@ def main(
     force: bool = False,
 ) -> None:
     """Summarise the named studies, or all, from outputs/runs; runs that cannot be used are named and left out."""
-    table = studies()
-    update([table[choose("study", n, list(table))] for n in names or table], Path(outputs) / "runs", Path(store), force)
+    chosen = [STUDIES[choose("study", n, list(STUDIES))] for n in names or STUDIES]
+    update(chosen, Path(outputs) / "runs", Path(store), force)
 
 
 if __name__ == "__main__":
