@@ -62,6 +62,14 @@ build-pool PRESET="organism" *ARGS:
 results *ARGS:
     {{python}} -m projected_grpo.results {{ARGS}}
 
+# finished runs of studies -> the small summaries that are kept: just summaries [STUDY ...]
+summaries *ARGS:
+    {{python}} -m projected_grpo.summaries {{ARGS}}
+
+# kept summaries -> docs/results.md; --check says whether it and the numbers quoted in the docs are up to date
+results-docs *ARGS:
+    {{python}} -m projected_grpo.results_docs {{ARGS}}
+
 # where a step's time goes, against the hook form, TRL and full fine-tuning; needs the extra bench
 bench *ARGS:
     {{python}} -m projected_grpo.bench --figure=docs/figures/bench_cost.png {{ARGS}}
