@@ -160,7 +160,8 @@ STUDY_ROWS = (
     ),
     StudyRow(
         "no_teacher", "arms do the same with and without a teacher pool", "teacher rollouts are imitation",
-        "whether claims need the pool", tuple(f"{arm} mix {mix}" for mix in ("0.125", "0.5") for arm in ("none", *BEST)),
+        "whether claims need the pool",
+        tuple(f"{arm} mix {mix}" for mix in ("0.125", "0.5") for arm in ("none", *BEST)),
         3,
     ),
     StudyRow(
