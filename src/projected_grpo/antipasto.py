@@ -165,9 +165,9 @@ class Knobs:
 
 
 def targets(model: nn.Module, layers: Sequence[float] = (0.0, 1.0)) -> dict[str, nn.Linear]:
-    """Every Linear by name that is to get an adapter: named in ``TARGETS``, in a layer within the depth window [lo, hi).
+    """Every Linear by name that is to get an adapter: named in ``TARGETS``, within the depth window [lo, hi).
 
-    A Linear's depth is its layer's index over the number of layers. Raises UserError when none is left.
+    Its depth is its layer's index over the number of layers. Raises UserError when none is left.
     """
     depth = model.config.get_text_config().num_hidden_layers
     found: dict[str, nn.Linear] = {}

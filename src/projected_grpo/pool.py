@@ -150,7 +150,7 @@ def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
     flag, path = files[split]
     if path is None or not Path(path).is_file():
         raise UserError(
-            f"no problem file {path}: run `just sync-external`, name one with --{flag}=FILE, or set --problems=generated"
+            f"no problem file {path}: `just sync-external`, name one with --{flag}=FILE, or set --problems=generated"
         )
     try:
         chosen = problems.read_problems(Path(path))
@@ -160,9 +160,7 @@ def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
         if split == "test" and Path(cfg.data.problems).is_file():
             shared = {p.id for p in chosen} & {p.id for p in problems.read_problems(Path(cfg.data.problems))}
             if shared:
-                raise ValueError(
-                    f"{len(shared)} held-out problems are training problems too, one of them {min(shared)}"
-                )
+                raise ValueError(f"{len(shared)} held-out problems are training problems too, such as {min(shared)}")
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     return tasks

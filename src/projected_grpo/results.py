@@ -61,8 +61,8 @@ H4_STEP, H4_RATE = 200, 0.30
 def h4_decision(cfg: Config, hack_s: Sequence[float]) -> str | None:
     """What rule H4 says at the end of a run whose student hack rates, step by step, are ``hack_s``. None elsewhere.
 
-    Only a vanilla run of a hub model decides. The rate is the mean of the five steps up to step 200. Nothing is switched
-    here: the reader is told which preset to start.
+    Only a vanilla run of a hub model decides. The rate is the mean of the five steps up to step 200. Nothing is
+    switched here: the reader is told which preset to start.
     """
     if cfg.intervention != "none" or "/" not in cfg.model.model:
         return None
