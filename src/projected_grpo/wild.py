@@ -188,7 +188,7 @@ def frozen_grade(row: Mapping[str, Any]) -> Grade:
 
 @dataclass(frozen=True)
 class Converted:
-    """``rows`` in our format, made of ``kept``, a part of ``found``; ``unknown`` rows are of problems we do not have."""
+    """``rows`` in our format, made of ``kept``, a part of ``found``; ``unknown``: rows of problems we lack."""
 
     rows: list[pool.Row]
     kept: list[Found]
