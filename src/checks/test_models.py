@@ -1,4 +1,4 @@
-"""Every supported architecture in float32 and bfloat16: identity at zero, sampling, every row's own gradient; loading."""
+"""Every supported architecture in float32 and bfloat16: identity at zero, sampling, row gradients; loading."""
 
 import json
 
@@ -176,7 +176,7 @@ def test_loads_a_saved_folder_of_each_kind(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="config.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         models.load(ModelCfg(model=str(tmp_path / "nothing")))
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="just install-smol"):
@@ -253,7 +253,7 @@ def test_h4_is_said_and_nothing_is_switched():
 
 
 def test_a_problem_without_a_place_for_the_hint_and_a_shared_problem_are_refused(tmp_path):
-    ours = [p for p in generate()][:3]
+    ours = generate()[:3]
     problems.write_problems(ours, tmp_path / "train.jsonl")
     problems.write_problems(ours[2:], tmp_path / "test.jsonl")
 

@@ -269,7 +269,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             data=DataCfg(problems="functions", modes=("exit_code", "stdout_marker", "file_marker")),
             pool=PoolCfg(pool="outputs/pools/smol"),
             vhack=VHackCfg(pairs="pool"),
-            rl=RLCfg(steps=20, prompts_per_step=3, max_new=128, temperature=0.8, lr=5e-3, warmup=2, micro_batch=8),
+            rl=RLCfg(steps=20, prompts_per_step=3, max_new=96, temperature=0.8, lr=5e-3, warmup=2, micro_batch=8),
             eval=EvalCfg(eval_every=20, n_eval=2, eval_samples=2),
         ),
     ),

@@ -3,8 +3,8 @@
     python -m projected_grpo.memory <preset> [--overrides] [--device-gb=80]
 
 The model's shapes come from its configuration, on PyTorch's meta device, which allocates nothing. What a layer saves
-for the backward is counted there too, by running a layer's forward, so that no formula of an architecture has to be kept.
-The rest is arithmetic, said line by line in ``plan``.
+for the backward is counted there too, by running its forward, so that no formula of an architecture has to be kept. The
+rest is arithmetic, said line by line in ``plan``.
 """
 
 import os

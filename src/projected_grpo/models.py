@@ -43,7 +43,8 @@ def source_of(name: str) -> Source:
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return Source(str(path.parent), path.name)
-    if name.startswith((".", "/", "~")) and not (path / "config.json").is_file():
+    held = [path / file for file in ("config.json", "tokenizer.json")]
+    if name.startswith((".", "/", "~")) and not any(file.is_file() for file in held):
         raise UserError(f"no model in {name}: config.json is missing; give a folder that save_pretrained wrote")
     return Source(str(path) if name.startswith("~") else name)
 
