@@ -24,6 +24,9 @@ from projected_grpo.config import Config, UserError, parse
 from projected_grpo.sampling import RoomyLayer
 
 GB = 1e9
+COUNTED = 192
+"""Tokens of the row whose saved tensors are counted: three chunks of the gated delta rule, so that its matrices, of a
+chunk's length (64), are not taken for attention's."""
 HEADROOM = 0.94
 """Share of the device that a plan may fill: the allocator's blocks and the CUDA context take the rest."""
 
@@ -151,7 +154,7 @@ def plan(cfg: Config, config: Any = None) -> Plan:
     # the lot that goes through the model at once: see loss.lots
     in_lot = min(cfg.rl.micro_batch, rows, max(1, loss.LOT_TOKENS // length))
     tokens = in_lot * length
-    by_layer = [b * tokens / 64 for b in saved_by_layer(model, 64)]
+    by_layer = [b * tokens / COUNTED for b in saved_by_layer(model, COUNTED)]
     layers_in = len(by_layer) * tokens * config.hidden_size * size
     activations = max(by_layer) + layers_in if cfg.model.gradient_checkpointing else sum(by_layer)
     exact = max(size, 4)
