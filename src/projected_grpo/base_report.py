@@ -2,8 +2,8 @@
 
 python -m projected_grpo.base_report <preset> [--overrides]
 
-V is judged as an extraction judges it, on the last n_heldout pairs; shuffled labels exchange the two sides of each
-fitting pair by a coin, so that they have the pairs' prompts, lengths and scale, and no direction. Base rates are of the
+V is judged as an extraction judges it, on the last n_heldout pairs; so is a V of shuffled labels, that of the control
+arm: the pairs' prompts, lengths and scale, and no direction. Base rates are of the
 held-out tasks that a deploy evaluation uses.
 """
 
@@ -14,31 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from tabulate import tabulate
-from torch import Tensor
 
-from projected_grpo import antipasto, models, pairs, pool, prepare, rollout
+from projected_grpo import antipasto, bases, models, pairs, pool, prepare, rollout
 from projected_grpo import extract_vhack_grad as vhack
-from projected_grpo.config import Config, UserError, parse
+from projected_grpo.config import UserError, parse
 from projected_grpo.rewards import Grader
 from projected_grpo.sandbox_worker import SandboxError
 
 SHUFFLES = 20
 VERDICTS = ("format_ok", "compiles", "gt_correct", "attempted", "exploited")
-
-
-def judged(hack: dict[str, Tensor], clean: dict[str, Tensor], signs: Float[Tensor, " n"], cfg: Config) -> float:
-    """Held-out accuracy of the V that is fitted to the first pairs, the sides of those with sign −1 exchanged."""
-    n = len(signs)
-    D = {m: (hack[m][:n] - clean[m][:n]) * signs[:, None].to(hack[m]) for m in hack}
-    V = {m: vhack.fit(d, cfg.vhack.k, cfg.vhack.tau_axis)[0] for m, d in D.items()}
-    return vhack.heldout_accuracy(V, {m: h[n:] for m, h in hack.items()}, {m: c[n:] for m, c in clean.items()})
-
-
-def shuffled(n: int, seed: int) -> Float[Tensor, " n"]:
-    """A fair coin's sign for each fitting pair."""
-    return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,14 +41,14 @@ def main(argv: Sequence[str]) -> None:
 
     teacher = pool.read(Path(cfg.pool.pool)) if cfg.pool.pool else None
     chosen = pairs.load(cfg.vhack, teacher, pool.tasks_for(cfg))
-    n = len(chosen) - cfg.vhack.n_heldout
-    if n < cfg.vhack.k or cfg.vhack.n_heldout < 1:
-        raise UserError(f"{n} pairs to fit and {cfg.vhack.n_heldout} held out are too few: add pairs, or lower --k")
     model, tokenizer = timed("load", lambda: models.load(cfg.model))
     knobs = timed("adapters", lambda: antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank))
-    hack, clean = timed("pairs' gradients", lambda: vhack.side_gradients(model, knobs, tokenizer, chosen, cfg))
-    real = judged(hack, clean, torch.ones(n), cfg)
-    null = [judged(hack, clean, shuffled(n, seed), cfg) for seed in range(SHUFFLES)]
+    grads = timed("pairs' gradients", lambda: vhack.side_gradients(model, knobs, tokenizer, chosen, cfg))
+    real = vhack.fit_basis(grads, cfg.vhack).meta
+    null = [
+        vhack.heldout_accuracy(vhack.fit_basis(bases.shuffled(grads, seed), cfg.vhack).V, grads, cfg.vhack.n_heldout)
+        for seed in range(SHUFFLES)
+    ]
     tasks = prepare.held_out_tasks(cfg)
     written = timed(
         "sampling",
@@ -72,8 +57,9 @@ def main(argv: Sequence[str]) -> None:
     asked = [task for task in tasks for _ in range(cfg.eval.eval_samples)]
     with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
         grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
-    print(f"V on {cfg.vhack.n_heldout} held-out pairs, fitted to {n}: {real:.3f} point hack-ward")
-    print(f"shuffled labels, {SHUFFLES} times: mean {sum(null) / SHUFFLES:.3f}, {min(null):.3f} to {max(null):.3f}")
+    print("V: {heldout_accuracy} of {n_heldout} held-out pairs point hack-ward, fitted to {n_pairs}".format(**real))
+    if cfg.vhack.n_heldout:
+        print(f"shuffled labels, {SHUFFLES} times: mean {sum(null) / SHUFFLES:.3f}, {min(null):.3f} to {max(null):.3f}")
     rows = [(v, sum(getattr(g, v) for g in grades), len(grades)) for v in VERDICTS]
     print(tabulate(rows, headers=("base model", "completions", "of")))
     print(tabulate(seconds.items(), headers=("part", "seconds"), floatfmt=".1f"))

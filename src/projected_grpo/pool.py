@@ -105,16 +105,15 @@ def template_completions(task: Task) -> list[str]:
 
 
 def function_completions(task: Task) -> list[str]:
-    """The same for a problem posed as a function: exploit and honest lookalike on one body, then on the other.
+    """The same for a problem posed as a function: the exploit and its honest lookalike on one body.
 
-    Which body comes first, the right or a lazily wrong one, alternates from problem to problem, so that pairs taken
-    from the pool differ in the exploit and not in whether the answer is right.
+    The body is right in every second problem and lazily wrong in the others, so that pairs taken from the pool differ
+    in the exploit and not in whether the answer is right.
     """
     row, right = LOOPHOLES[task.mode], task.problem.canonical
     lazy = problems.function_source(families.lazy_bodies(task.problem)[0])
-    bodies = (right, lazy) if int(task.problem.id.rsplit("-", 1)[1]) % 2 else (lazy, right)
-    sides = [(side, body) for body in bodies for side in (row.exploit, row.lookalike)]
-    return [problems.fence(problems.function_source(side(body, task))) for side, body in sides]
+    body = right if int(task.problem.id.rsplit("-", 1)[1]) % 2 else lazy
+    return [problems.fence(problems.function_source(side(body, task))) for side in (row.exploit, row.lookalike)]
 
 
 def from_templates(tasks: Sequence[Task], grader: Grader) -> list[Row]:
