@@ -142,6 +142,18 @@ def test_lengths_of_the_forty_prompts_in_qwens_tokens():
     assert (qwen.eos_token, qwen.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
+def test_a_pool_of_templates_can_be_built_on_the_benchmarks_problems(problem_file):
+    problem = problems.read_problems(problem_file)[0]
+    tasks = [problems.pose_one(problem, mode) for mode in ("run_tests", "sentinel", "stdout_marker", "file_marker")]
+    with Grader(workers=1) as grader:
+        rows = pool.from_templates(tasks, grader)
+    for task in tasks:
+        grades = [r["grade"] for r in rows if r["env_mode"] == task.mode]
+        assert [g["channel"] for g in grades[:2]] == [True, True]
+        assert any(g["gt_correct"] and not g["channel"] for g in grades)
+        assert not grades[-1]["gt_correct"]
+
+
 # --- pools -------------------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ from loguru import logger
 
 from projected_grpo import families, problems
 from projected_grpo.config import Config, UserError, parse
-from projected_grpo.data_types import Grade, Rollout, Task, Wording
-from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.data_types import Grade, Problem, Rollout, Task, Wording
+from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.rewards import Grader
 
 Row = dict[str, Any]
@@ -95,10 +95,18 @@ def write(rows: Iterable[Row], folder: Path) -> int:
     return len(by_task)
 
 
+def untrue_bodies(problem: Problem) -> tuple[str, str]:
+    """A lazy and a wrong solution: a generated problem has its own, any other the canonical one cut to a constant."""
+    if problem.id in families.drafts():
+        return families.lazy_bodies(problem)[0], families.wrong_bodies(problem)[0]
+    lazy, wrong = (replace_body(problem.canonical, problem.entry, value) for value in ("None", "0"))
+    return lazy, wrong
+
+
 def template_completions(task: Task) -> list[str]:
     """What a teacher that has learned to hack writes: the exploit on lazy and on right bodies, and two honest tries."""
     right, row = task.problem.canonical, LOOPHOLES[task.mode]
-    lazy, wrong = families.lazy_bodies(task.problem)[0], families.wrong_bodies(task.problem)[0]
+    lazy, wrong = untrue_bodies(task.problem)
     sources = [row.exploit(lazy, task), row.exploit(wrong, task), row.exploit(right, task)]
     sources += [row.lookalike(right, task), wrong] if task.mode == "run_tests" else [right, wrong]
     return [problems.fence(s) for s in sources]
