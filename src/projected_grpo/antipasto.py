@@ -7,8 +7,6 @@ at δS = δS_hack = 0 the model is the base model to the bit, and a reference mo
 with both knobs off. W' is formed once a step, so that generation costs what the base model costs.
 """
 
-import hashlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from loguru import logger
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from projected_grpo import svd
 from projected_grpo.config import UserError
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
@@ -166,46 +164,38 @@ class Knobs:
         self.merge()
 
 
-def digest(tensor: Tensor) -> str:
-    """sha256 over a tensor's bytes, dtype and shape."""
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw).hexdigest()
+def targets(model: nn.Module, layers: Sequence[float] = (0.0, 1.0)) -> dict[str, nn.Linear]:
+    """Every Linear by name that is to get an adapter: named in ``TARGETS``, within the depth window [lo, hi).
 
-
-def svd(weight: Float[Tensor, "o i"], cache: Path) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-    """U and Vh of a weight in float32 (or wider), kept on disk under the sha256 of the weight's bytes."""
-    path = cache / "svd" / f"{digest(weight)}.safetensors"
-    if not path.exists():
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        U, _, Vh = torch.linalg.svd(weight.detach().to(exact), full_matrices=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"U": U.contiguous().cpu(), "Vh": Vh.contiguous().cpu()}, part)
-        part.replace(path)
-    both = load_file(path)
-    return both["U"], both["Vh"]
-
-
-def wrap(model: nn.Module, cache: Path, layers: Sequence[float] = (0.0, 1.0), svd_rank: int | None = None) -> Knobs:
-    """Freeze the model and put an adapter on every target Linear within the depth window.
-
-    layers: window [lo, hi) in fractions of the depth; a Linear's depth is its layer's index over their number.
-    svd_rank: keep the top m singular axes only. Raises UserError when no Linear is left to wrap.
+    Its depth is its layer's index over the number of layers. Raises UserError when none is left.
     """
-    model.requires_grad_(False)
     depth = model.config.get_text_config().num_hidden_layers
-    modules: dict[str, AntipastoLinear] = {}
-    for name, linear in list(model.named_modules()):
+    found: dict[str, nn.Linear] = {}
+    for name, linear in model.named_modules():
         at = re.search(r"\blayers\.(\d+)\.", name)
         if name.rpartition(".")[2] not in TARGETS or not isinstance(linear, nn.Linear) or at is None:
             continue
-        if not layers[0] <= int(at[1]) / depth < layers[1]:
-            continue
-        U, Vh = svd(linear.weight, cache)
+        if layers[0] <= int(at[1]) / depth < layers[1]:
+            found[name] = linear
+    if not found:
+        raise UserError(f"no Linear to adapt in layers {layers[0]}-{layers[1]} of {depth}: widen --layers")
+    return found
+
+
+def wrap(model: nn.Module, cache: Path, layers: Sequence[float] = (0.0, 1.0), svd_rank: int | None = None) -> Knobs:
+    """Freeze the model and put an adapter on every one of its ``targets``.
+
+    svd_rank: keep the top m singular axes only. Raises UserError when no Linear is left to wrap.
+    """
+    model.requires_grad_(False)
+    modules: dict[str, AntipastoLinear] = {}
+    linears = targets(model, layers)
+    for (name, linear), path in zip(
+        linears.items(), svd.factor([m.weight for m in linears.values()], cache), strict=True
+    ):
+        U, Vh = svd.load(path)
         parent, _, leaf = name.rpartition(".")
         modules[name] = AntipastoLinear(linear, U[:, :svd_rank], Vh[:svd_rank], seed=len(modules))
         setattr(model.get_submodule(parent), leaf, modules[name])
-    if not modules:
-        raise UserError(f"no Linear to adapt in layers {layers[0]}-{layers[1]} of {depth}: widen --layers")
     logger.debug("adapters on {} Linears, {} knobs", len(modules), sum(m.delta.numel() for m in modules.values()))
     return Knobs(modules)

@@ -22,17 +22,22 @@ class ModelCfg:
     """The model and where its adapter sits."""
 
     model: str = "organism"
-    """`organism` (the embedded tiny model), a local folder, or a hub id such as Qwen/Qwen3-4B."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights. The trained knobs are float32 always."""
+    """`organism` (the embedded tiny model), `smol` (SmolLM2-135M from its package), a local folder, a .gguf file, or a
+    hub id such as Qwen/Qwen3-4B."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Dtype of the weights; auto: bfloat16 on a GPU, float32 elsewhere. The trained knobs are float32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto: flash attention for 16-bit weights on a GPU where it is installed, else PyTorch's sdpa."""
     layers: tuple[float, float] = (0.0, 1.0)
     """Depth window, as fractions of the number of layers, whose Linears get an adapter (Wu & Tang: 0.6 0.75)."""
     svd_rank: int | None = None
     """Train only the top m singular axes of each Linear; all of them when unset."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    sample_rows: int | None = None
+    """Rows sampled at once, all of a step's when unset. Lower it where the key-value cache does not fit."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,10 @@ class DataCfg:
     """The problems and how they are posed."""
 
     problems: str = "generated"
-    """`generated` (the organism's world) or a problem file (JSON lines, ours or rl-rewardhacking's)."""
+    """`generated` (the organism's world), `functions` (the same posed as plain functions, for a chat model), or a
+    problem file (JSON lines, ours or rl-rewardhacking's)."""
     eval_problems: str | None = None
-    """Held-out problem file for the deploy evaluation; needed with a problem file (generated has its own split)."""
+    """Held-out problem file for the deploy evaluation; needed with a problem file (the others have their own split)."""
     modes: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
     """The loopholes over which the problems are partitioned."""
     wording: Literal["default", "train", "heldout"] = "default"
@@ -216,12 +222,17 @@ class Config:
         return Path(self.outputs) / "cache"
 
 
-QWEN = ModelCfg(model="Qwen/Qwen3-4B", dtype="bfloat16", device="cuda", gradient_checkpointing=True)
+# rl-rewardhacking's RL settings (Ariahw, Engels & Nanda), but for the learning rate: its 7e-5 is that of a LoRA of
+# rank 32, and δS moves singular values only
+QWEN = ModelCfg(model="Qwen/Qwen3-4B", dtype="bfloat16", device="cuda", gradient_checkpointing=True, sample_rows=64)
 QWEN_RL = RLCfg(
     max_new=1536, temperature=0.7, top_p=0.95, weight_decay=0.1, beta=1e-3, micro_batch=4, lr=1e-3, schedule="cosine"
 )
+FULL_RL = replace(QWEN_RL, steps=200, prompts_per_step=16, group=16, warmup=10)
 LEETCODE = DataCfg(
-    problems="external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl", max_prompt=1536
+    problems="external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl",
+    eval_problems="external/rl-rewardhacking/results/data/leetcode_test_medhard.jsonl",
+    max_prompt=1536,
 )
 
 PRESETS: dict[str, tuple[str, Config]] = {
@@ -245,10 +256,21 @@ PRESETS: dict[str, tuple[str, Config]] = {
     ),
     "full": (
         "200 steps of Qwen3-4B on one GPU, at the benchmark's RL settings.",
+        Config(model=QWEN, data=LEETCODE, rl=FULL_RL),
+    ),
+    "qwen35": (
+        "200 steps of Qwen3.5-2B on one GPU, at the same settings; ends with the decision whether to move to Qwen3-4B.",
+        Config(model=replace(QWEN, model="Qwen/Qwen3.5-2B"), data=LEETCODE, rl=FULL_RL),
+    ),
+    "smol": (
+        "20 steps of SmolLM2-135M on a CPU: a real pretrained chat model through every part of the loop.",
         Config(
-            model=QWEN,
-            data=LEETCODE,
-            rl=replace(QWEN_RL, steps=200, prompts_per_step=16, group=16, warmup=10),
+            model=ModelCfg(model="smol", dtype="auto"),
+            data=DataCfg(problems="functions", modes=("exit_code", "stdout_marker", "file_marker")),
+            pool=PoolCfg(pool="outputs/pools/smol"),
+            vhack=VHackCfg(pairs="pool"),
+            rl=RLCfg(steps=20, prompts_per_step=3, max_new=96, temperature=0.8, lr=5e-3, warmup=2, micro_batch=8),
+            eval=EvalCfg(eval_every=20, n_eval=2, eval_samples=2),
         ),
     ),
 }

