@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 
-from projected_grpo import pair_drafts, problems
+from projected_grpo import pair_drafts, problems, wild
 from projected_grpo.config import UserError, VHackCfg, choose
 from projected_grpo.data_types import Mode, Pair, Rollout, Task
 from projected_grpo.pool import Pool
@@ -96,14 +97,16 @@ def from_rollouts(rollouts: Sequence[Rollout], known: Sequence[Mode] | None, lim
 
 def load(cfg: VHackCfg, pool: Pool | None, tasks: Sequence[Task]) -> list[Pair]:
     """The pairs of a set, of the known modes only. Raises UserError when the set is unknown or nothing is left."""
-    name = choose("pair set", cfg.pairs, [*PAIRSETS, "pool"])
-    if name == "pool":
+    if cfg.pairs.endswith(".json"):
+        foreign = wild.read_pairset(Path(cfg.pairs), [t.problem for t in tasks])
+        found = [p for p in foreign if cfg.known_modes is None or p.task.mode in cfg.known_modes]
+    elif choose("pair set", cfg.pairs, [*PAIRSETS, "pool"]) == "pool":
         if pool is None:
             raise UserError("--pairs=pool needs --pool=FOLDER: run `just build-pool` first")
         found = from_pool(pool, tasks, cfg.known_modes)
     else:
         modes = [m for m in pair_drafts.MODES if cfg.known_modes is None or m in cfg.known_modes]
-        found = PAIRSETS[name](modes) if modes else []
+        found = PAIRSETS[cfg.pairs](modes) if modes else []
     if not found:
         raise UserError(f"no pair of pair set {cfg.pairs!r} is of a known mode: widen --known-modes")
     return found

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import activations, antipasto, bases, gates, models, pairs, pool, problems, proj
+from projected_grpo import activations, antipasto, bases, gates, memory, models, pairs, pool, problems, proj
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
@@ -117,6 +117,7 @@ def set_up(cfg: Config) -> Experiment:
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    logger.info("memory plan\n{}", memory.require(cfg).table())
     model, tokenizer = models.load(cfg.model)
     knobs = antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank)
     tasks = fitting(tasks, tokenizer, cfg.data.max_prompt)

@@ -60,6 +60,7 @@ def complete(
         generator=generator,
         temperature=cfg.rl.temperature,
         top_p=cfg.rl.top_p,
+        rows=cfg.model.sample_rows,
     )
     return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)]
 
