@@ -47,13 +47,19 @@ class BlindGrader:
         ]  # fmt: skip
 
 
-def experiment(name: str, cache, grader) -> tuple[Experiment, Config]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """One cache for all arms: the weights' SVD and the pairs' gradients are the same."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+def experiment(name: str, outputs: Path) -> tuple[Experiment, Config]:
     """A small experiment of that arm, its pairs and directions made as in a run."""
     cfg = PRESETS["smoke"][1]
     cfg = replace(
         cfg,
         intervention=name,
-        outputs=str(cache),
+        outputs=str(outputs),
         rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=40),
         vhack=replace(cfg.vhack, pairs="organism8", n_heldout=2, known_modes=("run_tests", "sentinel")),
         eval=replace(cfg.eval, n_eval=1),
@@ -62,9 +68,9 @@ def experiment(name: str, cache, grader) -> tuple[Experiment, Config]:
 
 
 @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if not arm.oracle])
-def test_a_step_never_reads_the_verdict(name, cache):
+def test_a_step_never_reads_the_verdict(name, shared):
     """A whole step, and a refresh from the student's own rollouts after it, with grades that raise when read."""
-    x, cfg = experiment(name, cache, BlindGrader())
+    x, cfg = experiment(name, shared)
     made = take_step(x, proj.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
     assert made.batch.rewards.std() > 0
     assert any(bool(torch.any(d != 0)) for d in made.update.descent.values())
@@ -73,9 +79,9 @@ def test_a_step_never_reads_the_verdict(name, cache):
 
 
 @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.oracle])
-def test_an_oracle_arm_does_read_it(name, cache):
+def test_an_oracle_arm_does_read_it(name, shared):
     """The poison bites where the verdict is read, so its silence elsewhere means something."""
-    x, cfg = experiment(name, cache, BlindGrader())
+    x, cfg = experiment(name, shared)
     with pytest.raises(AssertionError, match="a step read exploited"):
         take_step(x, proj.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
 
