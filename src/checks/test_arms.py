@@ -142,6 +142,22 @@ def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():
     assert p.gn > 0
 
 
+def test_absorb_reversed_is_absorb(wrapped):
+    """Both regions receive the same gradient, so keeping δS_hack and deleting δS deploys the same model: the reversed
+    control needs no run of its own.
+    """
+    _, knobs = wrapped
+    knobs.load_state({n: torch.zeros_like(t) for n, t in knobs.state().items()})
+    optimizer, scheduler = make_optimizer(knobs, PRESETS["organism"][1])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
+        apply_step(knobs, proj.Projection(g, g, 1.0, {}), optimizer, scheduler, 1.0)
+    for m, d in knobs.delta.items():
+        torch.testing.assert_close(d, knobs.delta_hack[m], rtol=0, atol=0)
+        assert d.any()
+
+
 @pytest.mark.parametrize("act", ["erase", "shrink"])
 def test_project_update_acts_on_what_the_optimizer_did(act, wrapped):
     """δS moves by the kept part of the very update that AdamW makes without an intervention."""
