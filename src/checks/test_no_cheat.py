@@ -18,7 +18,7 @@ from projected_grpo.config import PRESETS, Config
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import Experiment, refresh, set_up
 from projected_grpo.proj import ARMS
-from projected_grpo.train import make_optimizer, take_step
+from projected_grpo.step import make_optimizer, take_step
 
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""

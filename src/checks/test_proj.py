@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from projected_grpo import bases, proj
 from projected_grpo.config import PRESETS, UserError, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.train import apply_step, make_optimizer
+from projected_grpo.step import apply_step, make_optimizer
 
 PLAIN = VHackCfg()
 

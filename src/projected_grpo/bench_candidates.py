@@ -22,7 +22,7 @@ from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import tasks_of_step
 from projected_grpo.sandbox_worker import SandboxError
-from projected_grpo.train import apply_step, make_optimizer, sample_grads
+from projected_grpo.step import apply_step, make_optimizer, sample_grads
 
 LR = 1e-6
 Seconds = tuple[float, float]

@@ -337,7 +337,7 @@ def project(
     the act removed. Pure: it sees gradients, factors and V, and no verdict of a grader.
 
     The shares cin are of the whole batch gradient Σ_i f.whole_i G_i; cout is of what δS descends. With cfg.project =
-    update the act is left to the optimizer's update (train.apply_step).
+    update the act is left to the optimizer's update (step.apply_step).
     """
     whole, g, g_s, g_t = (
         {m: w.to(rows) @ rows for m, rows in G.items()}
