@@ -190,8 +190,12 @@ class Config:
     """Where runs, pools and caches are written."""
     name: str | None = None
     """Name of the run's folder; made from preset, arm, seed and time when unset."""
+    resume: str | None = None
+    """Name or folder of a stopped run to go on with, from its last checkpoint; all other settings as they were."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send the logged numbers to a tracker's own library, offline; needs the extra `tracking`."""
     threads: int = 0
     """Torch threads; 0 leaves torch's choice. Two runs of one thread each beat one of two."""
     graders: int = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from loguru import logger
 
-from projected_grpo import families, problems
+from projected_grpo import families, problems, rollout_log
 from projected_grpo.config import Config, UserError, parse
 from projected_grpo.data_types import Grade, Problem, Rollout, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES, replace_body
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def row_of(task: Task, completion: str, grade: Grade) -> Row:
-    """One rollout as it stands in a pool or in a run's rollouts.jsonl."""
+    """One rollout as it stands in a pool or in a run's log."""
     return {
         "problem_id": task.problem.id,
         "env_mode": task.mode,
@@ -134,13 +134,9 @@ def from_templates(tasks: Sequence[Task], grader: Grader) -> list[Row]:
 
 
 def from_run(run: Path) -> list[Row]:
-    """The student rollouts of a finished run, with the grades they got then."""
-    path = run / "rollouts.jsonl"
-    if not path.exists():
-        raise UserError(f"{run} holds no rollouts.jsonl: name a finished run's folder, for example outputs/runs/NAME")
+    """The student rollouts of a run, with the grades they got then. Raises UserError when there are none."""
     keys = ("problem_id", "env_mode", "wording", "completion", "grade")
-    rows = map(json.loads, path.read_text().splitlines())
-    return [{k: row[k] for k in keys} for row in rows if row["source"] == "student"]
+    return [{k: row[k] for k in keys} for row in rollout_log.rows(run) if row["source"] == "student"]
 
 
 def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:

@@ -54,6 +54,8 @@ class Experiment:
     directions: Directions
     recent: deque[tuple[Rollout, ...]]
     """The student's rollouts since the last refresh but one, which refresh_pairs may look for pairs in."""
+    refreshed: tuple[int, dict[str, Tensor]] | None = None
+    """The step of the last refresh and the knobs at it; None while the first directions stand."""
 
 
 OWN_PAIRS = {"nonhack": "nonhack64", "placebo": "placebo64"}

@@ -1,6 +1,6 @@
 """The loop: mixed student + teacher GRPO with the hack direction taken out of the gradient, or routed aside.
 
-python -m projected_grpo.train <preset> [--overrides]         --help lists every setting
+python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]         --help lists every setting
 """
 
 import re
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
 from tqdm import tqdm
 
-from projected_grpo import evals, proj
+from projected_grpo import evals, proj, resume, run_record, trackers
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError, parse
@@ -22,9 +22,9 @@ from projected_grpo.evals import EvalRow
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
 from projected_grpo.prepare import Experiment, refresh, set_up
-from projected_grpo.results import bluf
+from projected_grpo.results import bluf, json_lines
 from projected_grpo.rewards import Grader
-from projected_grpo.run_record import RunRecord
+from projected_grpo.run_record import RunRecord, Stopped
 from projected_grpo.sandbox_worker import SandboxError
 from projected_grpo.step import make_optimizer, take_step
 
@@ -35,41 +35,66 @@ SHOULD = (
 )
 
 
-def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config) -> tuple[list[EvalRow], list[EvalRow]]:
-    """Training with its evaluations. Returns the first and the last deploy evaluation."""
-    arm = proj.arm(cfg.intervention)
+def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, stopped: Stopped | None) -> None:
+    """Training with its evaluations, then the relearning attack; from a stopped run's checkpoint on where given."""
     optimizers = make_optimizer(x.knobs, cfg)
-    before = deploy_eval(x, grader, rec, cfg, 0)
-    bar = tqdm(range(cfg.rl.steps), desc=cfg.intervention, dynamic_ncols=True)
+    phase, done = "step", 0
+    if stopped is not None:
+        phase, done = stopped.at.phase, stopped.at.done
+        resume.restore(x, optimizers, stopped.at, rec.folder, cfg)
+    if phase == "step":
+        learn(x, grader, rec, cfg, optimizers, done)
+        done = 0
+        if cfg.rl.relearn_steps:
+            ablate(x.knobs)
+            optimizers = make_optimizer(x.knobs, cfg)
+    relearn(x, grader, rec, cfg, optimizers, done)
+
+
+def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int) -> None:
+    """Steps ``first`` to the last. An evaluation comes after the checkpoint of its step: resumed, it is done again."""
+    arm = proj.arm(cfg.intervention)
+    if first == 0:
+        deploy_eval(x, grader, rec, cfg, 0)
+    bar = tqdm(range(first, cfg.rl.steps), cfg.intervention, cfg.rl.steps, initial=first, dynamic_ncols=True)
     for step in bar:
-        refreshes = cfg.vhack.refresh_every and step and step % cfg.vhack.refresh_every == 0
-        overlap = refresh(x, cfg) if refreshes else None
+        if step and step % cfg.eval.eval_every == 0:
+            deploy_eval(x, grader, rec, cfg, step)
+        overlap = None
+        if cfg.vhack.refresh_every and step and step % cfg.vhack.refresh_every == 0:
+            x.refreshed = (step, x.knobs.state())
+            overlap = refresh(x, cfg)
         made = replace(take_step(x, arm, grader, optimizers, cfg, step), overlap=overlap)
         x.recent.append(tuple(r for r in made.batch.rollouts if r.source == "student"))
         row = step_row(step, made, x.directions.arm, x.knobs)
         rec.append("steps.jsonl", [asdict(row)])
-        rec.append("rollouts.jsonl", rollout_rows(step, made, layers_of(x.directions.real)))
+        rec.rollouts(step, rollout_rows(step, made, layers_of(x.directions.real)))
+        rec.tracker.log(step, trackers.numbers_of("train", asdict(row)))
         report(bar, row, cfg)
-        done = step + 1
-        if done % cfg.checkpoint_every == 0 or done == cfg.rl.steps:
-            rec.checkpoint(done, checkpoint_state(x.knobs, optimizers[0]))
-        if done % cfg.eval.eval_every == 0 and done < cfg.rl.steps:
-            deploy_eval(x, grader, rec, cfg, done)
-    after = deploy_eval(x, grader, rec, cfg, cfg.rl.steps, cfg.eval.scales)
-    relearn(x, grader, rec, cfg)
-    return before, after
+        if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.rl.steps:
+            rec.checkpoint("step", step + 1, *resume.state_of(x, optimizers))
+    deploy_eval(x, grader, rec, cfg, cfg.rl.steps, cfg.eval.scales)
 
 
-def relearn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config) -> None:
-    """A relearning attack: ablate the quarantine for good and go on with plain GRPO and a new optimizer."""
-    if not cfg.rl.relearn_steps:
-        return
-    state = x.knobs.state()
-    x.knobs.load_state({n: torch.zeros_like(t) if n.endswith(".delta_hack") else t for n, t in state.items()})
-    optimizers, plain = make_optimizer(x.knobs, cfg), proj.arm("none")
-    for step in tqdm(range(cfg.rl.relearn_steps), desc="relearn", dynamic_ncols=True):
+def ablate(knobs: Knobs) -> None:
+    """Set the quarantine to 0 for good."""
+    knobs.load_state({n: torch.zeros_like(t) if n.endswith(".delta_hack") else t for n, t in knobs.state().items()})
+
+
+def relearn(
+    x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int
+) -> None:
+    """A relearning attack on a model without quarantine: plain GRPO with a new optimizer, steps ``first`` to the last."""
+    plain = proj.arm("none")
+    for step in tqdm(
+        range(first, cfg.rl.relearn_steps), "relearn", dynamic_ncols=True, disable=not cfg.rl.relearn_steps
+    ):
         made = take_step(x, plain, grader, optimizers, cfg, cfg.rl.steps + step)
-        rec.append("relearn.jsonl", [asdict(step_row(step, made, x.directions.arm, x.knobs))])
+        row = asdict(step_row(step, made, x.directions.arm, x.knobs))
+        rec.append("relearn.jsonl", [row])
+        rec.tracker.log(cfg.rl.steps + step, trackers.numbers_of("relearn", row))
+        if (step + 1) % cfg.checkpoint_every == 0:
+            rec.checkpoint("relearn", step + 1, *resume.state_of(x, optimizers))
 
 
 def layers_of(V: HackBasis) -> list[int]:
@@ -79,12 +104,12 @@ def layers_of(V: HackBasis) -> list[int]:
 
 def deploy_eval(
     x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, step: int, scales: Sequence[float] = ()
-) -> list[EvalRow]:
+) -> None:
     """Evaluate on the held-out problems, and write it down."""
     rows, counts = evals.evaluate(x.model, x.knobs, x.tokenizer, x.held_out, grader, cfg, step, scales)
     rec.append("evals.jsonl", map(asdict, rows))
     rec.append("eval_problems.jsonl", counts)
-    return rows
+    rec.tracker.log(step, trackers.numbers_of_evals(rows))
 
 
 def report(bar: tqdm, row: StepRow, cfg: Config) -> None:
@@ -94,15 +119,10 @@ def report(bar: tqdm, row: StepRow, cfg: Config) -> None:
         tqdm.write(table_cells(row))
 
 
-def checkpoint_state(knobs: Knobs, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Knobs and AdamW's moments by name."""
-    named = {f"{m}.{k}": p for k in ("delta", "delta_hack") for m, p in getattr(knobs, k).items()}
-    moments = {f"adamw.{n}.{key}": value for n, p in named.items() for key, value in optimizer.state.get(p, {}).items()}
-    return knobs.state() | moments
-
-
 def train(cfg: Config) -> Path:
     """One run from config to its finished folder. Raises UserError before a folder exists."""
+    trackers.require(cfg.tracker)
+    stopped = run_record.stopped(cfg)
     x = set_up(cfg)
     with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
         arm = proj.arm(cfg.intervention)
@@ -113,11 +133,13 @@ def train(cfg: Config) -> Path:
             "V": vhack.basis_summary(x.directions.real, cfg),
             "arm_V": vhack.basis_summary(x.directions.arm, cfg),
         }
-        with RunRecord(cfg, meta) as rec:
+        with RunRecord(cfg, meta, stopped) as rec:
             logger.info("run {}: {} tasks, {} held out", rec.name, len(x.tasks), len(x.held_out))
             tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
-            before, after = loop(x, grader, rec, cfg)
+            loop(x, grader, rec, cfg, stopped)
             folder = rec.finish()
+    rows = [EvalRow(**row) for row in json_lines(folder / "evals.jsonl")]
+    before, after = ([r for r in rows if r.step == at] for at in (0, cfg.rl.steps))
     tqdm.write(bluf(cfg, folder, before, after))
     return folder
 
