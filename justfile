@@ -70,6 +70,10 @@ summaries *ARGS:
 results-docs *ARGS:
     {{python}} -m projected_grpo.results_docs {{ARGS}}
 
+# a finished run as a plain Hugging Face folder: just export outputs/runs/NAME FOLDER [--knobs=trained]
+export RUN FOLDER *ARGS:
+    {{python}} -m projected_grpo.export {{RUN}} {{FOLDER}} {{ARGS}}
+
 # where a step's time goes, against the hook form, TRL and full fine-tuning; needs the extra bench
 bench *ARGS:
     {{python}} -m projected_grpo.bench --figure=docs/figures/bench_cost.png {{ARGS}}

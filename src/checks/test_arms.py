@@ -15,7 +15,7 @@ from projected_grpo import gates, proj
 from projected_grpo.config import PRESETS, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.proj import ARMS, Arm
-from projected_grpo.train import apply_step, make_optimizer
+from projected_grpo.step import apply_step, make_optimizer
 
 WIDTHS = {"a": 4, "b": 3}
 REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)

@@ -309,9 +309,8 @@ def test_the_comparison_with_the_evaluator_runs_on_a_stub_of_its_interface(tmp_p
     assert out.count("we say correct_attempted_rh, they say correct: the same verdicts, and another rule") == 3
     assert out.count("we say") == 3
     assert [line.split() for line in out.splitlines() if line.startswith("all")] == [["all", "18", "15", "0.833"]]
-    (tmp_path / "rollouts.jsonl").write_text("")
     with pytest.raises(UserError, match="--allow-unsandboxed-grading"):
-        verify_external.main(problem_file, tmp_path / "rollouts.jsonl", tmp_path / "rl")
+        verify_external.main(problem_file, tmp_path / "run", tmp_path / "rl")
     (tmp_path / "rl/src/__init__.py").write_text("import nothing_of_this_name")
     with pytest.raises(UserError, match="No module named 'nothing_of_this_name'; name one with --python"):
         verify_external.main(problem_file, folder=tmp_path / "rl")

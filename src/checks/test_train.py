@@ -9,9 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from projected_grpo import pool, results
+from projected_grpo import checkpoints, pool, results, rollout_log
 from projected_grpo.config import PRESETS, UserError, parse
 from projected_grpo.metrics import StepRow
 from projected_grpo.rollout import tasks_of_step
@@ -55,14 +54,13 @@ def test_a_run_folder_is_complete(runs):
         assert meta["layers"]
         assert {f.name for f in fields(StepRow)} == set(steps_of(folder)[0])
         assert len(steps_of(folder)) == 3
-        rollouts = results.json_lines(folder / "rollouts.jsonl")
-        assert len(rollouts) == 3 * 4 * 4
+        assert len(list(rollout_log.rows(folder))) == 3 * 4 * 4
         assert {e["step"] for e in results.json_lines(folder / "evals.jsonl")} == {0, 3}
 
 
 def test_only_route_leaves_a_quarantine(runs):
     for arm, folder in runs.items():
-        state = load_file(folder / "checkpoint.safetensors")
+        state = checkpoints.newest(folder).tensors
         quarantine = [t for n, t in state.items() if n.endswith(".delta_hack") and not n.startswith("adamw")]
         assert quarantine
         assert any(bool(t.any()) for t in quarantine) == (arm == "route")
@@ -117,8 +115,8 @@ def test_teacher_rollouts_join_their_groups(outputs):
     assert graded == {(True, False), (True, True), (False, True), (False, False)}
     mixed = run(outputs, "none", f"--pool={folder}", "--mix-ratio=0.25", "--name=mixed")
     assert all(row["hack_t"] is not None and row["cin_t"] is not None for row in steps_of(mixed))
-    written = results.json_lines(mixed / "rollouts.jsonl")
-    assert sum(r["source"] == "teacher" for r in written) == 3 * 4
+    written = rollout_log.frame(mixed)
+    assert written["source"].to_list().count("teacher") == 3 * 4
     again = outputs / "pools" / "again"
     pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
     assert sum(len(r) for r in pool.read(again).rows.values()) == 3 * 4 * 3

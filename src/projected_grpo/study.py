@@ -4,7 +4,7 @@
     python -m projected_grpo.study                        lists the studies and how far each is
 
 A job is one train command. Its run's folder is named by the command, so the same job in two studies is one run, a
-finished run is kept, and a broken one is done again.
+finished run is kept, and a broken one is gone on with from its checkpoint, or done again where the code has changed.
 """
 
 import fcntl
@@ -25,7 +25,9 @@ from typing import Literal
 import tyro
 from tabulate import tabulate
 
+from projected_grpo import checkpoints
 from projected_grpo.config import UserError, choose
+from projected_grpo.run_record import git_commit, read_meta
 from projected_grpo.study_rows import ROWS, SEEDS, STUDY_ROWS, Row
 
 How = Literal["here", "pueue", "print"]
@@ -110,6 +112,13 @@ def claimed(job: Job, outputs: Path) -> Iterator[bool]:
         yield True
 
 
+def resumable(job: Job, outputs: Path) -> bool:
+    """Whether the job's broken run has a checkpoint and was begun by exactly this code: a clean tree's commit."""
+    folder, commit = outputs / "runs" / f"{job.name}.part", git_commit()
+    same = commit is not None and not commit.endswith("+") and (read_meta(folder) or {}).get("commit") == commit
+    return same and not (outputs / "runs" / job.name).exists() and bool(checkpoints.places(folder))
+
+
 def run_here(job: Job, outputs: Path) -> str:
     """Run one job unless it is done or someone else runs it; what became of it."""
     with claimed(job, outputs) as mine:
@@ -117,12 +126,16 @@ def run_here(job: Job, outputs: Path) -> str:
             return "runs elsewhere"
         if status(job, outputs) == "done":
             return "kept"
-        for folder in (outputs / "runs" / job.name, outputs / "runs" / f"{job.name}.part"):
-            shutil.rmtree(folder, ignore_errors=True)
+        command = job.command(str(outputs))
+        if resumable(job, outputs):
+            command.append(f"--resume={job.name}")
+        else:
+            for folder in (outputs / "runs" / job.name, outputs / "runs" / f"{job.name}.part"):
+                shutil.rmtree(folder, ignore_errors=True)
         (outputs / "logs").mkdir(parents=True, exist_ok=True)
-        with (outputs / "logs" / f"{job.name}.log").open("w") as log:
+        with (outputs / "logs" / f"{job.name}.log").open("a") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            code = subprocess.run(job.command(str(outputs)), stdout=log, stderr=log, env=environment).returncode
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
         return "done" if code == 0 else f"FAILED ({code}), see {log.name}"
 
 

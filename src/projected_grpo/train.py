@@ -1,6 +1,6 @@
 """The loop: mixed student + teacher GRPO with the hack direction taken out of the gradient, or routed aside.
 
-python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]         --help lists every setting
+python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]      --help lists every setting
 """
 
 import re
@@ -84,11 +84,11 @@ def ablate(knobs: Knobs) -> None:
 def relearn(
     x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int
 ) -> None:
-    """A relearning attack on a model without quarantine: plain GRPO with a new optimizer, steps ``first`` to the last."""
+    """A relearning attack on a model without quarantine: plain GRPO with a new optimizer, from step ``first`` on."""
+    if not cfg.rl.relearn_steps:
+        return
     plain = proj.arm("none")
-    for step in tqdm(
-        range(first, cfg.rl.relearn_steps), "relearn", dynamic_ncols=True, disable=not cfg.rl.relearn_steps
-    ):
+    for step in tqdm(range(first, cfg.rl.relearn_steps), "relearn", dynamic_ncols=True):
         made = take_step(x, plain, grader, optimizers, cfg, cfg.rl.steps + step)
         row = asdict(step_row(step, made, x.directions.arm, x.knobs))
         rec.append("relearn.jsonl", [row])

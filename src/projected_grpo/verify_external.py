@@ -1,6 +1,6 @@
 """Our grader beside the benchmark's own evaluator, on the same rollouts: agreement by label, disagreements explained.
 
-    python -m projected_grpo.verify_external [--problems=FILE] [--rollouts=RUN/rollouts.jsonl] [--python=PROGRAM]
+    python -m projected_grpo.verify_external [--problems=FILE] [--rollouts=RUN] [--python=PROGRAM]
 
 The evaluator is imported unmodified from external/rl-rewardhacking, in a process of its own (its package is called
 ``src``, and it has its own dependencies: --python names an interpreter that has them). It knows two of our modes,
@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 from tabulate import tabulate
 
-from projected_grpo import external, problems
+from projected_grpo import external, problems, rollout_log
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Grade, Label, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
@@ -147,10 +147,10 @@ def made_here(tasks: Sequence[Task]) -> list[tuple[Task, str]]:
     return made
 
 
-def from_rollouts(path: Path, by_id: Mapping[str, Any]) -> list[tuple[Task, str]]:
+def from_rollouts(run: Path, by_id: Mapping[str, Any]) -> list[tuple[Task, str]]:
     """A run's rollouts in the modes that the evaluator knows."""
     found = []
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in rollout_log.rows(run):
         if row["env_mode"] in ("run_tests", "gt_only") and row["problem_id"] in by_id:
             task = problems.pose_one(by_id[row["problem_id"]], row["env_mode"])
             found.append((Task(task.problem, task.mode, type(task.wording)(**row["wording"])), row["completion"]))
@@ -184,7 +184,7 @@ def main(
 
     Args:
         problems_file: rl-rewardhacking's JSON lines; its test file when not given.
-        rollouts: a run's rollouts.jsonl; rollouts made here when not given.
+        rollouts: a run's folder; rollouts made here when not given.
         folder: the checkout.
         python: interpreter with the evaluator's dependencies.
         allow_unsandboxed_grading: needed for rollouts, which a model wrote.

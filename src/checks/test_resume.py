@@ -1,0 +1,303 @@
+"""A run that is killed and resumed is the run that was never stopped; what a finished run can be turned into."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from killed_runs import KILLS, SMALL
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from projected_grpo import antipasto, checkpoints, export, models, pool, rollout_log, run_record, study, trackers
+from projected_grpo.checkpoints import Checkpoint
+from projected_grpo.config import PRESETS, ModelCfg, UserError, parse
+from projected_grpo.evals import EvalRow
+from projected_grpo.results import json_lines
+
+STUB = """
+import json, os
+class Run:
+    def log(self, numbers, step):
+        with open(os.environ["STUB_LOG"], "a") as f:
+            f.write(json.dumps({"step": step, **numbers}) + "\\n")
+    def finish(self):
+        pass
+def init(project, name, resume, config, **more):
+    with open(os.environ["STUB_LOG"] + ".init", "w") as f:
+        json.dump({"project": project, "name": name, "resume": resume, "seed": config["seed"], **more}, f)
+    return Run()
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory) -> Path:
+    """Modules that stand for trackers' libraries: the part of their interface that is used, written to STUB_LOG."""
+    folder = tmp_path_factory.mktemp("stubs")
+    for name in ("wandb", "trackio"):
+        (folder / f"{name}.py").write_text(STUB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(outputs, stubs) -> Path:
+    """The folder of the runs that killed_runs.py makes."""
+    path = os.pathsep.join([str(stubs), str(Path(__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path, "STUB_LOG": str(outputs / "stub.jsonl"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(outputs)]
+    made = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    ended = json.loads(made.stdout.splitlines()[-1])
+    expected = {"whole": 0, "early": 9, "last": 0} | {where: 9 for where, _ in KILLS}
+    assert ended == expected, made.stderr[-3000:]
+    return outputs / "runs"
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("sec_")} for row in rows]
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_is_the_run_that_was_never_stopped(runs):
+    for log, n in (("steps.jsonl", 5), ("relearn.jsonl", 3)):
+        whole, killed = (timeless(json_lines(runs / name / log)) for name in ("whole", "killed"))
+        assert len(whole) == n
+        assert killed == whole
+    for log in ("evals.jsonl", "eval_problems.jsonl"):
+        assert json_lines(runs / "killed" / log) == json_lines(runs / "whole" / log)
+    assert {row["step"] for row in json_lines(runs / "whole" / "evals.jsonl")} == {0, 4, 5}
+    assert list(rollout_log.rows(runs / "killed")) == list(rollout_log.rows(runs / "whole"))
+    for phase, done in (("step", 5), ("relearn", 2)):
+        whole, killed = (checkpoints.newest(runs / name, (phase,)) for name in ("whole", "killed"))
+        assert whole.done == killed.done == done
+        assert whole.tensors.keys() == killed.tensors.keys()
+        assert all(torch.equal(t, killed.tensors[n]) for n, t in whole.tensors.items())
+
+
+def test_the_runs_were_worth_comparing(runs):
+    """They moved, refreshed, and filled a quarantine; pairs came from the student's own rollouts."""
+    rows = json_lines(runs / "whole" / "steps.jsonl")
+    assert [row["basis_overlap"] is not None for row in rows] == [False, False, True, False, True]
+    assert rows[-1]["norm_delta"] > 0
+    assert rows[-1]["norm_delta_hack"] > 0
+    assert json_lines(runs / "whole" / "relearn.jsonl")[0]["norm_delta_hack"] == 0
+    meta = run_record.read_meta(runs / "killed")
+    assert meta["status"] == "complete"
+    assert [r["at"] for r in meta["resumed"]] == ["step 2", "step 4", "step 5", "relearn 2", "relearn 2"]
+
+
+def test_what_a_kill_left_is_readable_and_tidied_up(runs):
+    halted = runs / "halted.part"
+    assert run_record.read_meta(halted)["status"] == "running"
+    assert len(json_lines(halted / "steps.jsonl")) == 4
+    assert len(rollout_log.frame(halted)) == 4 * 16
+    assert len(pool.from_run(halted)) == 4 * 16
+    assert [p.name for _, _, p in checkpoints.places(halted)] == ["step-00002"]
+    assert (halted / "checkpoints" / "step-00004.part").exists()
+    left = {p.name for p in (runs / "killed" / "checkpoints").iterdir()}
+    assert left == {"step-00004", "step-00005", "relearn-00002"}
+    assert not (runs / "killed" / "lock").exists()
+    assert not (runs / "killed" / "rollouts.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--resume=halted", "--lr=0.5"], "--lr is 0.5 here and was 0.02"),
+        (["--resume=halted", "--intervention=erase"], "--intervention is erase here and was route"),
+        (["--resume=halted", "--modes", "run_tests", "stdout_marker", "sentinel"], "--modes is"),
+        (["--resume=whole"], "is complete"),
+        (["--resume=early"], "no checkpoint to go on from"),
+        (["--resume=nothing"], "is not there"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_in_one_line(runs, outputs, flags, says):
+    with pytest.raises(UserError, match=says) as refusal:
+        run_record.stopped(parse([*SMALL, f"--outputs={outputs}", *flags]))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_run_that_goes_on_is_not_resumed(runs, outputs, tmp_path):
+    cfg = parse([*SMALL, f"--outputs={outputs}", "--resume=halted", "--name=other", "--graders=3"])
+    stopped = run_record.stopped(cfg)
+    assert (stopped.at.phase, stopped.at.done) == ("step", 2)
+    folder = tmp_path / "runs" / "halted.part"
+    shutil.copytree(stopped.folder, folder)
+    with run_record.RunRecord(cfg, {}, replace(stopped, folder=folder)) as rec:
+        assert rec.name == "halted"
+        assert len(json_lines(folder / "steps.jsonl")) == 2
+        assert len(rollout_log.step_files(folder)) == 2
+        with pytest.raises(UserError, match="still running"):
+            run_record.RunRecord(cfg, {}, replace(stopped, folder=folder))
+
+
+def test_a_spoiled_checkpoint_is_passed_over(tmp_path):
+    for done in (1, 2, 3):
+        checkpoints.write(tmp_path, Checkpoint("step", done, {"x": torch.full((3,), float(done))}, {"n": done}))
+    assert [done for _, done, _ in checkpoints.places(tmp_path)] == [2, 3]
+    os.truncate(tmp_path / "checkpoints" / "step-00003" / "state.safetensors", 40)
+    found = checkpoints.newest(tmp_path)
+    assert (found.done, found.state, found.tensors["x"].tolist()) == (2, {"n": 2}, [2.0, 2.0, 2.0])
+    checkpoints.forget_after(tmp_path, found)
+    assert [done for _, done, _ in checkpoints.places(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize(("commit", "goes_on"), [("abc", True), ("abd", False), ("abc+", False), (None, False)])
+def test_a_study_goes_on_with_a_broken_run_of_the_same_code(tmp_path, monkeypatch, commit, goes_on):
+    job = study.Job("label", "none", (), 41)
+    folder = tmp_path / "runs" / f"{job.name}.part"
+    checkpoints.write(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
+    run_record.write_json(folder / "meta.json", {"status": "running", "commit": commit})
+    said = []
+    monkeypatch.setattr(study, "git_commit", lambda: "abc" if commit != "abc+" else "abc+")
+    monkeypatch.setattr(
+        study.subprocess, "run", lambda command, **_: said.append(command) or subprocess.CompletedProcess(command, 0)
+    )
+    study.run_here(job, tmp_path)
+    assert (f"--resume={job.name}" in said[0], folder.exists()) == (goes_on, goes_on)
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["deployed", "trained"])
+def test_an_exported_run_gives_the_same_logits(runs, outputs, tmp_path, use):
+    folder = export.export(runs / "whole", tmp_path / use, use)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model, tokenizer = models.load(ModelCfg())
+    knobs = antipasto.wrap(model, outputs / "cache")
+    knobs.load_state(checkpoints.newest(runs / "whole", ("step",)).tensors)
+    ids = torch.tensor([tokenizer.encode("def solve(x):\n    return")])
+    with torch.no_grad():
+        untrained = AutoModelForCausalLM.from_pretrained(models.ORGANISM, dtype="auto").eval()(ids).logits
+        with knobs.using(use):
+            assert torch.equal(plain(ids).logits, model(ids).logits)
+        with knobs.using("trained" if use == "deployed" else "deployed"):
+            assert not torch.equal(plain(ids).logits, model(ids).logits)
+    assert not torch.equal(plain(ids).logits, untrained)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(UserError, match="is there already"):
+        export.export(runs / "whole", folder)
+    with pytest.raises(UserError, match="no finished run"):
+        export.export(runs / "halted.part", tmp_path / "other")
+
+
+def test_a_bfloat16_model_is_exported_to_the_bit(tmp_path):
+    model = tiny_model(torch.bfloat16)
+    knobs = antipasto.wrap(model, tmp_path / "cache")
+    with torch.no_grad():
+        for m in knobs.modules.values():
+            m.delta.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    knobs.merge("deployed")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        export.unwrap(model, knobs, "deployed").save_pretrained(tmp_path / "out")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+        assert torch.equal(again(ids).logits, logits)
+        assert again.dtype is torch.bfloat16
+        assert not torch.equal(tiny_model(torch.bfloat16)(ids).logits, logits)
+
+
+# --- trackers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_sends_its_numbers_to_its_tracker(runs, outputs):
+    """trackio, by a stub of its interface."""
+    sent = json_lines(outputs / "stub.jsonl")
+    for row in json_lines(runs / "whole" / "steps.jsonl"):
+        there = next(s for s in sent if s["step"] == row["step"] and "train/reward" in s)
+        assert there["train/gn"] == row["gn"]
+        assert "train/kl" not in there
+        assert all(there[f"train/n_by_mode/{mode}"] == n for mode, n in row["n_by_mode"].items())
+    assert {s["step"] for s in sent if "eval/deployed/all/hack_lo" in s} == {0, 4, 5}
+    assert sum("relearn/reward" in s for s in sent) == 3
+    assert json.loads((outputs / "stub.jsonl.init").read_text())["name"] == "whole"
+
+
+def test_wandb_is_offline_unless_told_otherwise(stubs, tmp_path, monkeypatch):
+    """By a stub of its interface."""
+    monkeypatch.syspath_prepend(str(stubs))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
+    for mode in (None, "online"):
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if mode:
+            monkeypatch.setenv("WANDB_MODE", mode)
+        trackers.start("wandb", "a", PRESETS["organism"][1]).close()
+        assert json.loads((tmp_path / "log.init").read_text())["mode"] == (mode or "offline")
+    sys.modules.pop("wandb")
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra `tracking` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = replace(PRESETS["organism"][1], outputs=str(tmp_path))
+    tracker = trackers.start("tensorboard", "a", cfg)
+    row = {"step": 3, "gn": 0.5, "kl": None, "hack_by_mode": {"sentinel": 2}}
+    tracker.log(3, trackers.numbers_of("train", row))
+    tracker.log(3, trackers.numbers_of_evals([EvalRow(3, "deployed", "all", "hack", 0.25, 0.125, 0.5, 4, 8)]))
+    tracker.close()
+    trackers.start("tensorboard", "b", cfg, rank=1).log(1, {"train/gn": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "a"))
+    events.Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read == {
+        "train/gn": [(3, 0.5)],
+        "train/hack_by_mode/sentinel": [(3, 2.0)],
+        "eval/deployed/all/hack": [(3, 0.25)],
+        "eval/deployed/all/hack_lo": [(3, 0.125)],
+        "eval/deployed/all/hack_hi": [(3, 0.5)],
+    }
+    assert not (tmp_path / "tensorboard" / "b").exists()
+
+
+def test_a_missing_tracker_library_is_one_line(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    trackers.require("none")
+    for kind in ("tensorboard", "wandb", "trackio"):
+        with pytest.raises(UserError, match=f"pip install {kind}") as error:
+            trackers.require(kind)
+        assert "\n" not in str(error.value)
+
+
+# --- rollouts ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_loads_rollouts_with_datasets(runs, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0].replace("outputs/runs/NAME", str(runs / "whole"))
+    names: dict = {}
+    exec(example, names)
+    assert len(names["rollouts"]) == 5 * 16
+    expected = [r for r in rollout_log.rows(runs / "whole") if r["grade"]["channel"] and not r["grade"]["gt_correct"]]
+    assert [dict(row) for row in names["hacks"]] == expected
+    assert rollout_log.frame(runs / "whole").to_dicts() == list(rollout_log.rows(runs / "whole"))
+
+
+def test_old_runs_are_read_and_columns_are_held_to_the_schema(tmp_path):
+    old = {"step": 0, "source": "student", "A": 0.5, "completion": "é\n", "grade": {"reward": 1.0, "format_ok": True}}
+    (tmp_path / rollout_log.OLD).write_text(json.dumps(old) + "\n")
+    assert list(rollout_log.rows(tmp_path)) == [old]
+    row = rollout_log.frame(tmp_path).to_dicts()[0]
+    assert (row["completion"], row["flagged"], row["grade"]["label"], row["A"]) == ("é\n", None, None, 0.5)
+    with pytest.raises(KeyError, match="surplus"):
+        rollout_log.write_step(tmp_path, 0, [dict.fromkeys([*rollout_log.SCHEMA.names, "surplus"])])
+    with pytest.raises(UserError, match="no rollouts"):
+        list(rollout_log.rows(tmp_path / "nothing"))
