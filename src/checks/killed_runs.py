@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 SMALL = [
-    "organism", "--intervention=route", "--pairs=organism16", "--known-modes", "run_tests", "stdout_marker",
+    "organism", "--intervention=route", "--pairs=organism8", "--known-modes", "run_tests", "stdout_marker",
     "--refresh-pairs=both", "--refresh-every=2", "--steps=5", "--relearn-steps=3", "--checkpoint-every=2",
-    "--eval-every=4", "--prompts-per-step=4", "--group=4", "--max-new=64", "--n-eval=1", "--eval-samples=1",
+    "--eval-every=4", "--prompts-per-step=4", "--group=4", "--max-new=48", "--n-eval=1", "--eval-samples=1",
     "--graders=1", "--threads=1",
 ]  # fmt: skip
 
@@ -112,15 +112,18 @@ def forked(argv: list[str], kill=lambda: None) -> int:
 
 
 def make_runs(outputs: str) -> dict[str, int]:
-    """The runs "whole" and "killed", and "halted": a copy of killed.part as the first kill left it."""
+    """The runs "whole" and "killed", "halted": a copy of killed.part as the first kill left it, and "early": the same
+    without its checkpoint. How each process ended.
+    """
     common = [*SMALL, f"--outputs={outputs}"]
     ended = {"whole": forked([*common, "--name=whole", "--tracker=trackio"])}
-    ended["early"] = forked([*common, "--name=early"], lambda: in_checkpoint(1))
     runs = Path(outputs) / "runs"
     for i, (where, kill) in enumerate(KILLS):
         ended[where] = forked([*common, "--resume=killed" if i else "--name=killed"], kill)
         if not i:
             shutil.copytree(runs / "killed.part", runs / "halted.part")
+            shutil.copytree(runs / "killed.part", runs / "early.part")
+            shutil.rmtree(runs / "early.part" / "checkpoints" / "step-00002")
     ended["last"] = forked([*common, f"--resume={runs / 'killed.part'}"])
     return ended
 
