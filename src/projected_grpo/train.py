@@ -22,7 +22,7 @@ from projected_grpo.evals import EvalRow
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
 from projected_grpo.prepare import Experiment, refresh, set_up
-from projected_grpo.results import bluf, json_lines
+from projected_grpo.results import bluf, h4_decision, json_lines
 from projected_grpo.rewards import Grader
 from projected_grpo.run_record import RunRecord, Stopped
 from projected_grpo.sandbox_worker import SandboxError
@@ -136,12 +136,15 @@ def train(cfg: Config) -> Path:
         }
         with RunRecord(cfg, meta, stopped) as rec:
             logger.info("run {}: {} tasks, {} held out", rec.name, len(x.tasks), len(x.held_out))
+            logger.info("V: {n_pairs} pairs; of {n_heldout} held out {heldout_accuracy} point hack-ward", **meta["V"])
             tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
             loop(x, grader, rec, cfg, stopped)
             folder = rec.finish()
     rows = [EvalRow(**row) for row in json_lines(folder / "evals.jsonl")]
     before, after = ([r for r in rows if r.step == at] for at in (0, cfg.rl.steps))
     tqdm.write(bluf(cfg, folder, before, after))
+    if said := h4_decision(cfg, [row["hack_s"] for row in json_lines(folder / "steps.jsonl")]):
+        tqdm.write(said)
     return folder
 
 
