@@ -77,7 +77,9 @@ def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers
 
 
 def ablate(knobs: Knobs) -> None:
-    """Set the quarantine to 0 for good."""
+    """Set the quarantine to 0 for good: its last gradient goes too, or an optimizer would fill it again with that."""
+    for d in knobs.delta_hack.values():
+        d.grad = None
     knobs.load_state({n: torch.zeros_like(t) if n.endswith(".delta_hack") else t for n, t in knobs.state().items()})
 
 
