@@ -80,7 +80,7 @@ def test_every_arm_takes_a_step(number, folders):
         made = take_step(x, ARMS[name], Alternating(), make_optimizer(x.knobs, arm_cfg), arm_cfg, 0)
         change = torch.cat(list(made.update.descent.values()))
         assert torch.isfinite(change).all(), name
-        assert change.any(), name
+        assert change.any() or not made.factors.keep.any(), f"{name} kept rollouts and moved nothing"
         assert made.scores.dtype == torch.float32
         refresh(x, arm_cfg)
 
