@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from loguru import logger
 from torch import Tensor, nn
+from torch import distributed as dist
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -369,23 +370,36 @@ def train(cfg: Config, vllm: str = "off") -> Path | None:
                 logger.info("run {}: {} processes, {} tasks", rec.name, ranks.n, len(x.tasks))
                 tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
             trainer = ProjectedGRPOTrainer(x, grader, rec, cfg, ranks, vllm)
-            before = trainer.deploy(0)
-            trainer.train()
-            after = trainer.deploy(cfg.rl.steps, cfg.eval.scales)
+            with losing_a_process(rec):
+                before = trainer.deploy(0)
+                trainer.train()
+                after = trainer.deploy(cfg.rl.steps, cfg.eval.scales)
             folder = rec.finish() if rec is not None else None
     if folder is not None:
         tqdm.write(bluf(cfg, folder, before, after))
     return folder
 
 
-def stopped(*_: Any) -> None:
-    """On SIGTERM, which the launcher sends to all when one process has ended."""
-    sys.exit("stopped: another process of the run ended; outputs/runs/NAME.part holds the log and the last checkpoint")
+@contextmanager
+def losing_a_process(rec: RunRecord | None) -> Iterator[None]:
+    """Say in one line that another process is gone: gloo and NCCL name a socket, and the launcher sends SIGTERM."""
+    left = f"; {rec.folder} holds the log and the last checkpoint" if rec is not None else ""
+    lost = UserError(f"another process of the run ended{left}")
+
+    def stop(*_: Any) -> None:
+        raise lost
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise lost from error
+        raise
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, and say in one line what is wrong when the user can mend it."""
-    signal.signal(signal.SIGTERM, stopped)
     logger.remove()
     logger.add(lambda text: tqdm.write(text, end=""), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
     own = [word for word in argv if word.startswith("--vllm=")]
