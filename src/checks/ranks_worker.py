@@ -81,19 +81,24 @@ def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: proj.Arm) -
          for m, d in knobs.delta.items()}  # fmt: skip
     real = HackBasis(V, {m: torch.ones(2) for m in V}, {})
     used = bases.random_basis(real, 7) if arm.basis != "hack" else real
-    width = {"gradient": 0, "fisher": sum(d.numel() for d in knobs.delta.values()), "activation": 24}[arm.score]
-    w = torch.randn(width, generator=draw, dtype=torch.float64)
-    scorer = (lambda N: gates.row_scores(N, used).sum(0)) if not width else (lambda h: h.to(w) @ w)
     everything = batch(rollouts(), slice(0, PROMPTS * GROUP))
-    if arm.score == "activation":
-        evidence = activations.pooled(model, everything.ids, everything.mask, "mean")
-    else:
-        G = loss.row_gradients(model, knobs, everything.ids, everything.mask, torch.ones(len(everything.A))).G
-        evidence = G if not width else gates.flat(G)
-    scores = scorer(evidence).sort().values
-    threshold, low = float(scores[-7:-5].mean()), float(scores[5:7].mean())
+    G = loss.row_gradients(model, knobs, everything.ids, everything.mask, torch.ones(len(everything.A))).G
+    states = activations.pooled(model, everything.ids, everything.mask, "mean")
+    evidence = {"gradient": G, "fisher": gates.flat(G), "activation": states}
+
+    def detector(kind: proj.Score) -> gates.Detector:
+        scorer = lambda N: gates.row_scores(N, used).sum(0)
+        if kind != "gradient":
+            w = torch.randn(evidence[kind].shape[1], generator=draw, dtype=torch.float64)
+            scorer = lambda h: h.to(w) @ w
+        scores = scorer(evidence[kind]).sort().values
+        threshold, low = float(scores[-7:-5].mean()), float(scores[5:7].mean())
+        return gates.Detector(scorer, threshold, low, float(scores.std()))
+
+    both = arm.score == "either"
+    gate = gates.either(detector("fisher"), detector("activation")) if both else detector(arm.score)
     d = torch.randn(24, generator=draw, dtype=torch.float64).float()
-    return Directions(real, real, used, bases.random_basis(real, 9), gates.Detector(scorer, threshold, low), d)
+    return Directions(real, real, used, bases.random_basis(real, 9), gate, d)
 
 
 def experiment(cache: Path, arm: proj.Arm) -> Experiment:

@@ -25,8 +25,8 @@ from projected_grpo.rewards import Grader
 from projected_grpo.sharded import merged_parameters, unmerged
 from projected_grpo.step import apply_step, make_optimizer
 
-trl_trainer = pytest.importorskip("projected_grpo.trl_trainer", reason="needs the extra trl")
-LAUNCH = Path(trl_trainer.__file__).parent / "launch"
+trl_grpo = pytest.importorskip("projected_grpo.trl_grpo", reason="needs the extra trl")
+LAUNCH = Path(trl_grpo.__file__).parent / "launch"
 SMALL = [
     "--pairs=organism32", "--prompts-per-step=4", "--group=4", "--n-eval=1", "--eval-samples=1", "--graders=1",
     "--threads=1", "--refresh-every=0",
@@ -99,7 +99,7 @@ def test_lots_are_evened_without_losing_a_row():
 # --- one process, TRL's own loss
 
 
-class Seen(trl_trainer.ProjectedGRPOTrainer):
+class Seen(trl_grpo.ProjectedGRPOTrainer):
     """Keeps what TRL made of the step, before this project's loss sees it."""
 
     def batch(self, inputs):
@@ -119,7 +119,7 @@ def by_trls_loss(trainer: Seen) -> dict[str, torch.Tensor]:
     x, inputs = trainer.x, trainer.inputs
     knobs = unmerged(x.model, x.knobs)
     with knobs.row_gradients(len(inputs["row"])) as eps:
-        super(trl_trainer.ProjectedGRPOTrainer, trainer)._compute_loss(x.model, inputs).backward()
+        super(trl_grpo.ProjectedGRPOTrainer, trainer)._compute_loss(x.model, inputs).backward()
     for name, module in x.knobs.modules.items():  # the merged adapters go back
         parent, _, leaf = name.rpartition(".")
         setattr(x.model.get_submodule(parent), leaf, module)
@@ -216,7 +216,7 @@ def test_what_cannot_work_is_refused(monkeypatch, env, argv, here, vllm, words):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        trl_trainer.refuse(parse(["organism", *argv]), here, vllm)
+        trl_grpo.refuse(parse(["organism", *argv]), here, vllm)
 
 
 # --- a launched run of two processes, one of which is killed
