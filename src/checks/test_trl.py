@@ -265,4 +265,4 @@ def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path):
     assert not set(halves[0]) & set(halves[1])
     assert all(s["kl"] is not None and math.isfinite(s["kl"]) for s in steps)
     assert load_file(folder / "checkpoint.safetensors")
-    assert text.count("rew ↑") == 1, "the table's head is printed once"
+    assert text.count("step rew ↑") == 1, "the table's head is printed once"
