@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 import ranks_worker
 import torch
-from safetensors.torch import load_file
 
-from projected_grpo import proj, ranks, results
+from projected_grpo import checkpoints, proj, ranks, results, rollout_log
 from projected_grpo.config import UserError, parse
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.prepare import set_up
@@ -26,6 +25,8 @@ from projected_grpo.sharded import merged_parameters, unmerged
 from projected_grpo.step import apply_step, make_optimizer
 
 trl_grpo = pytest.importorskip("projected_grpo.trl_grpo", reason="needs the extra trl")
+from projected_grpo import trl_trainer  # noqa: E402  (after the skip)
+
 LAUNCH = Path(trl_grpo.__file__).parent / "launch"
 SMALL = [
     "--pairs=organism32", "--prompts-per-step=4", "--group=4", "--n-eval=1", "--eval-samples=1", "--graders=1",
@@ -227,12 +228,14 @@ def children(pid: int) -> list[int]:
     return [int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()]
 
 
-def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path):
+RUN = ["organism", "--intervention=erase", "--name=pair", *SMALL, "--steps=500", "--checkpoint-every=1", "--beta=0.01"]
+
+
+def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path, monkeypatch):
     """Two processes: one log, different rollouts, and an end within a minute of one's death, with a checkpoint."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu.yaml")),
-        *("-m", "projected_grpo.trl_trainer", "organism", "--intervention=erase", "--name=pair", *SMALL),
-        *("--steps=500", "--checkpoint-every=1", "--beta=0.01", f"--outputs={tmp_path}"),
+        *("-m", "projected_grpo.trl_trainer", *RUN, f"--outputs={tmp_path}"),
     ]
     with (tmp_path / "said").open("w") as said:
         launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -243,12 +246,9 @@ def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path):
                 break
             assert launcher.poll() is None, (tmp_path / "said").read_text()[-3000:]
             time.sleep(0.1)
-        workers = {json.loads((folder / "meta.json").read_text())["trainer"]["n"]: children(launcher.pid)}
-        assert len(workers[2]) >= 2
-        second = next(
-            p for p in workers[2] if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes()
-        )  # fmt: skip
-        os.kill(second, signal.SIGKILL)
+        assert json.loads((folder / "meta.json").read_text())["trainer"]["n"] == 2
+        is_second = lambda p: b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes()
+        os.kill(next(filter(is_second, children(launcher.pid))), signal.SIGKILL)
         launcher.wait(60)
     finally:
         launcher.kill()
@@ -258,11 +258,32 @@ def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["status"] == "failed"
     assert re.search("another process of the run ended", meta["error"])
-    steps, rows = results.json_lines(folder / "steps.jsonl"), results.json_lines(folder / "rollouts.jsonl")
+    steps, rows = results.json_lines(folder / "steps.jsonl"), list(rollout_log.rows(folder))
     assert [s["step"] for s in steps] == list(range(len(steps)))
     assert len(rows) == 16 * len(steps)
     halves = [[r["completion"] for r in rows[half * 8 : half * 8 + 8]] for half in (0, 1)]
     assert not set(halves[0]) & set(halves[1])
     assert all(s["kl"] is not None and math.isfinite(s["kl"]) for s in steps)
-    assert load_file(folder / "checkpoint.safetensors")
     assert text.count("step rew ↑") == 1, "the table's head is printed once"
+    goes_on_alone(tmp_path, checkpoints.newest(folder), monkeypatch)
+
+
+def goes_on_alone(outputs: Path, at: checkpoints.Checkpoint, monkeypatch) -> None:
+    """One process takes the next step of what two have begun."""
+    record = trl_grpo.ProjectedGRPOTrainer.record
+
+    def once(trainer) -> None:
+        record(trainer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trl_grpo.ProjectedGRPOTrainer, "record", once)
+    with pytest.raises(KeyboardInterrupt):
+        trl_trainer.train(parse([*RUN, f"--outputs={outputs}", "--resume=pair"]))
+    folder = outputs / "runs" / "pair.part"
+    steps = results.json_lines(folder / "steps.jsonl")
+    assert [s["step"] for s in steps] == list(range(at.done + 1))
+    after = checkpoints.newest(folder)
+    assert after.done == at.done + 1
+    counts = {float(t) for n, t in after.tensors.items() if n.startswith("adamw.") and n.endswith(".step")}
+    assert counts == {after.done}
+    assert json.loads((folder / "meta.json").read_text())["resumed"][0]["at"] == f"step {at.done}"

@@ -15,19 +15,18 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
-from projected_grpo import evals, problems, proj
+from projected_grpo import evals, problems, proj, resume, trackers
 from projected_grpo.config import Config
 from projected_grpo.data_types import GradedBatch, Rollout, Task
-from projected_grpo.evals import EvalRow
 from projected_grpo.metrics import Step, Update, rollout_rows, step_row, table_cells
 from projected_grpo.prepare import Experiment, refresh
 from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import graded, set_apart, tasks_of_step
-from projected_grpo.run_record import RunRecord
+from projected_grpo.run_record import RunRecord, Stopped
 from projected_grpo.sharded import merged_parameters, unmerged, unsharded
 from projected_grpo.step import clip_scale, learn, make_optimizer, n_ablated, put_gradient, settle, update_rule
-from projected_grpo.train import TABLE_EVERY, checkpoint_state, deploy_eval, layers_of
+from projected_grpo.train import TABLE_EVERY, deploy_eval, layers_of
 from projected_grpo.trl_settings import refuse, settings
 
 
@@ -127,6 +126,13 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             self.optimizer, self.lr_scheduler = make_optimizer(self.x.knobs, self.cfg)
         return self.optimizer
 
+    def go_on(self, stopped: Stopped) -> None:
+        """Put knobs, moments, schedule and directions back to a stopped run's checkpoint."""
+        self.create_optimizer()
+        optimizers = (self.optimizer, self.lr_scheduler)
+        resume.restore(self.x, optimizers, stopped.at, stopped.folder, self.cfg)
+        share_directions(self.x, self.ranks)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Made with the optimizer."""
         return self.lr_scheduler
@@ -201,14 +207,16 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         """One forward and backward that leave the projected gradient of all processes on the knobs. DDP has nothing to
         reduce: no graph reaches a parameter, and the sums are taken in ``learn``.
         """
-        every = self.cfg.vhack.refresh_every
-        overlap = None
-        if every and self.step and self.step % every == 0:
+        every, step, overlap = self.cfg.vhack.refresh_every, self.step, None
+        if step and step % self.cfg.eval.eval_every == 0:
+            self.deploy(step)
+        if every and step and step % every == 0:
+            self.x.refreshed = (step, self.x.knobs.state())
             overlap = refresh(self.x, self.cfg)
             share_directions(self.x, self.ranks)
         self.model.train()  # so that TRL takes this for training
         batch = self.batch(self._prepare_inputs(inputs))
-        self.made = replace(learn(self.x, self.arm, batch, self.cfg, self.step, self.ranks), overlap=overlap)
+        self.made = replace(learn(self.x, self.arm, batch, self.cfg, step, self.ranks), overlap=overlap)
         self.before = {m: d.detach().clone() for m, d in self.x.knobs.delta.items()}
         put_gradient(self.x.knobs, self.made.projection)
         self.model.train()
@@ -228,29 +236,28 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def record(self) -> None:
-        """Log the step, keep a checkpoint, evaluate, where it is time to."""
+        """Log the step, and keep a checkpoint where it is time to."""
         made: Step = self.made
-        done, cfg = self.step, self.cfg  # the trainer has counted the step already
+        done, cfg, rec = self.step, self.cfg, self.rec  # the trainer has counted the step already
         self.x.recent.append(tuple(r for r in made.batch.rollouts if r.source == "student"))
-        if self.rec is not None:
-            row = step_row(done - 1, made, self.x.directions.arm, self.x.knobs)
-            self.rec.append("steps.jsonl", [asdict(row)])
-            self.rec.append("rollouts.jsonl", rollout_rows(done - 1, made, layers_of(self.x.directions.real)))
-            if row.step % TABLE_EVERY == 0 or done == cfg.rl.steps:
-                tqdm.write(table_cells(row))
-            if done % cfg.checkpoint_every == 0 or done == cfg.rl.steps:
-                self.rec.checkpoint(done, checkpoint_state(self.x.knobs, self.optimizer))
-        if done % cfg.eval.eval_every == 0 and done < cfg.rl.steps:
-            self.deploy(done)
+        if rec is None:
+            return
+        row = step_row(done - 1, made, self.x.directions.arm, self.x.knobs)
+        rec.append("steps.jsonl", [asdict(row)])
+        rec.rollouts(done - 1, rollout_rows(done - 1, made, layers_of(self.x.directions.real)))
+        rec.tracker.log(done - 1, trackers.numbers_of("train", asdict(row)))
+        if row.step % TABLE_EVERY == 0 or done == cfg.rl.steps:
+            tqdm.write(table_cells(row))
+        if done % cfg.checkpoint_every == 0 or done == cfg.rl.steps:
+            rec.checkpoint("step", done, *resume.state_of(self.x, (self.optimizer, self.lr_scheduler)))
 
-    def deploy(self, step: int, scales: Sequence[float] = ()) -> list[EvalRow]:
+    def deploy(self, step: int, scales: Sequence[float] = ()) -> None:
         """The deploy evaluation: on the first process, the others wait. Where they share the weights all of them run it
         (with the same numbers), since each holds a part of every layer.
         """
-        x, rows = self.x, []
+        x = self.x
         if self.rec is not None:
-            rows = deploy_eval(x, self.grader, self.rec, self.cfg, step, scales)
+            deploy_eval(x, self.grader, self.rec, self.cfg, step, scales)
         elif self.ranks.sharded:
             evals.evaluate(x.model, x.knobs, x.tokenizer, x.held_out, self.grader, self.cfg, step, scales)
         self.accelerator.wait_for_everyone()
-        return rows
