@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,12 @@ import pytest
 import ranks_worker
 import torch
 
-from projected_grpo import checkpoints, proj, ranks, results, rollout_log
+from projected_grpo import checkpoints, pool, proj, ranks, results, rollout_log
 from projected_grpo.config import UserError, parse
+from projected_grpo.data_types import Grade
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.prepare import set_up
+from projected_grpo.problems import fence
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grader
 from projected_grpo.sharded import merged_parameters, unmerged
@@ -128,17 +131,24 @@ def by_trls_loss(trainer: Seen) -> dict[str, torch.Tensor]:
 
 
 def test_projected_gradient_is_that_of_trls_own_loss_and_the_update_the_loops(organism):
+    """With a teacher's rollout in each group, whose ratio TRL takes for 1 as it knows no log-probs of the sampler."""
     cfg, x = organism
+    grade = asdict(Grade(3.5, True, True, True, False, False, "ok"))
+    x.teacher = pool.Pool(
+        {(t.problem.id, t.mode): [{"completion": fence(t.problem.canonical), "grade": grade}] for t in x.tasks}
+    )
     zero = {n: torch.zeros_like(t) for n, t in x.knobs.state().items()}
     with Grader(1) as grader:
         for name in ("none", "erase", "route"):
             cfg = parse(["organism", *SMALL, "--steps=1", "--warmup=0", "--clip=0.01", f"--intervention={name}",
-                         f"--outputs={cfg.outputs}"])  # fmt: skip
+                         "--mix-ratio=0.25", "--pool=by-hand", f"--outputs={cfg.outputs}"])  # fmt: skip
             x.knobs.load_state(zero)
             trainer = Seen(x, grader, None, cfg, ALONE)
             assert trainer.ref_model is None
             trainer.train()
             made, state = trainer.made, x.knobs.state()
+            assert made.batch.is_student.tolist() == [True, True, True, False] * 4
+            assert [r.source == "student" for r in made.batch.rollouts] == made.batch.is_student.tolist()
             assert made.batch.n_zero_var < 4, "these rollouts carry no gradient"
             x.knobs.load_state(zero)
             V: HackBasis = x.directions.real
