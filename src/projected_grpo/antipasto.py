@@ -88,11 +88,17 @@ class AntipastoLinear(nn.Module):
         self.eps: Tensor | None = None
 
     @torch.no_grad()
-    def merge(self, use: Use) -> None:
-        """Form W' for the knobs in use. All of them zero means W itself."""
+    def gain(self, use: Use) -> Float[Tensor, " r"] | None:
+        """What the knobs in use add to the singular values; None where that is nothing."""
         scale = {"base": None, "deployed": 0.0, "trained": 1.0}[use] if isinstance(use, str) else use
         gain = None if scale is None else self.delta + scale * self.delta_hack
-        if gain is None or not gain.any():
+        return gain if gain is not None and gain.any() else None
+
+    @torch.no_grad()
+    def merge(self, use: Use) -> None:
+        """Form W' for the knobs in use. All of them zero means W itself."""
+        gain = self.gain(use)
+        if gain is None:
             self.merged = None
             return
         W, exact = self.linear.weight, gain.dtype

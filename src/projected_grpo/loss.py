@@ -4,7 +4,7 @@ No function here can see a ``Grade``: advantages are made from rewards and from 
 oracle's verdict cannot reach a gradient except through the reward that the environment pays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +120,7 @@ def row_gradients(
     beta: float = 0.0,
     kl_weight: float = 0.0,
     micro_batch: int = 64,
+    agree: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
 ) -> RowGrads:
     """Every row's gradient of L = −Σ_i w_i Σ_t ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward.
 
@@ -128,7 +129,8 @@ def row_gradients(
     on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
     d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman). Rows of weight zero (groups
     whose rewards are all alike) are skipped when β = 0: their gradient is zero. The others are taken in ``lots`` of
-    like length, each trimmed to its longest row. Raises FloatingPointError on a non-finite loss.
+    like length, each trimmed to its longest row; ``agree`` (of lots and mask) may divide them anew, where processes
+    that share the weights must run equally many. Raises FloatingPointError on a non-finite loss.
     """
     exact = torch.promote_types(model.dtype, torch.float32)
     G = {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device) for n, m in knobs.modules.items()}
@@ -137,7 +139,8 @@ def row_gradients(
     model.train(
         model.is_activation_checkpointing
     )  # transformers checkpoints in training mode only; there is no dropout
-    for rows in lots(mask, live, micro_batch):
+    made = lots(mask, live, micro_batch)
+    for rows in agree(made, mask) if agree else made:
         m = mask[rows]
         s = int(m.any(0).nonzero().max()) + 2
         i, m = ids[rows, :s], m[:, : s - 1]

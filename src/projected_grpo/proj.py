@@ -333,20 +333,39 @@ def project(
     arm: Arm,
     cfg: VHackCfg,
 ) -> Projection:
-    """δS descends the arm's act on Σ_i f.keep_i G_i; δS_hack descends Σ_i f.quarantine_i G_i and, under route, what
-    the act removed. Pure: it sees gradients, factors and V, and no verdict of a grader.
+    """``decided`` on the sums of these rows."""
+    return decided(sums(G, f, is_student), V, real, arm, cfg)
 
-    The shares cin are of the whole batch gradient Σ_i f.whole_i G_i; cout is of what δS descends. With cfg.project =
-    update the act is left to the optimizer's update (step.apply_step).
+
+def sums(
+    G: dict[str, Float[Tensor, "b r"]], f: Factors, is_student: Bool[Tensor, " b"]
+) -> dict[str, dict[str, Float[Tensor, " _r"]]]:
+    """All that a projection reads of the rows, by name and module: whole = Σ_i f.whole_i G_i and its student and
+    teacher parts, keep = Σ_i f.keep_i G_i, quarantine = Σ_i f.quarantine_i G_i. Linear in the rows: processes that
+    hold different rows add theirs up.
     """
-    whole, g, g_s, g_t = (
-        {m: w.to(rows) @ rows for m, rows in G.items()}
-        for w in (f.whole, f.keep, f.whole * is_student.to(f.whole), f.whole * (~is_student).to(f.whole))
-    )
+    weights = {
+        "whole": f.whole,
+        "keep": f.keep,
+        "student": f.whole * is_student.to(f.whole),
+        "teacher": f.whole * (~is_student).to(f.whole),
+        "quarantine": f.quarantine,
+    }
+    return {name: {m: w.to(rows) @ rows for m, rows in G.items()} for name, w in weights.items()}
+
+
+def decided(s: dict[str, dict[str, Tensor]], V: HackBasis, real: HackBasis, arm: Arm, cfg: VHackCfg) -> Projection:
+    """δS descends the arm's act on the sum ``keep``; δS_hack descends ``quarantine`` and, under route, what the act
+    removed. Pure: it sees gradients, factors and V, and no verdict of a grader.
+
+    The shares cin are of the sum ``whole``; cout is of what δS descends. With cfg.project = update the act is left to
+    the optimizer's update (step.apply_step).
+    """
+    whole, g, g_s, g_t = (s[name] for name in ("whole", "keep", "student", "teacher"))
     kept, removed = acted(g, V.V, real.V, "measure" if cfg.project == "update" else arm.act, cfg)
     quarantined = None
     if arm.quarantines:
-        quarantined = {m: f.quarantine.to(rows) @ rows for m, rows in G.items()}
+        quarantined = dict(s["quarantine"])
         if arm.act == "route":
             quarantined = {m: q + removed[m] for m, q in quarantined.items()}
     gn, inward = total_norm(whole), hackward(whole, V.V)

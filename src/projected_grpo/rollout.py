@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,6 +46,11 @@ def _epoch(tasks: Sequence[Task], seed: int, epoch: int) -> list[Task]:
     return [task for _, _, task in sorted(turns, key=lambda turn: turn[:2])]
 
 
+def set_apart(n: int, ablated: int, seed: int, step: int) -> set[int]:
+    """Which of a step's n tasks are sampled with the quarantine ablated: as many as asked, drawn at random."""
+    return set(random.Random(f"{seed} {step} ablated").sample(range(n), ablated))
+
+
 def complete(
     model: nn.Module, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
 ) -> list[tuple[tuple[int, ...], str]]:
@@ -82,7 +87,7 @@ def rollout(
     """
     clock = [time.perf_counter()]
     n_student = cfg.rl.group - cfg.n_teacher
-    apart = set(random.Random(f"{cfg.seed} {step} ablated").sample(range(len(tasks)), ablated))
+    apart = set_apart(len(tasks), ablated, cfg.seed, step)
     written: list[tuple[tuple[int, ...], str]] = [((), "")] * (len(tasks) * n_student)
     for use, chosen in (("trained", [i for i in range(len(tasks)) if i not in apart]), ("deployed", sorted(apart))):
         if chosen:
@@ -101,17 +106,30 @@ def rollout(
         rows += student[at * n_student : (at + 1) * n_student]
         if pool is not None and cfg.n_teacher:
             rows += pool.draw(task, cfg.n_teacher, tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
+    seconds = {"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]}
+    return graded(rows, [i // cfg.rl.group in apart for i in range(len(rows))], tokenizer, cfg, model.device, seconds)
+
+
+def graded(
+    rows: Sequence[Rollout],
+    ablated: Sequence[bool],
+    tokenizer: Any,
+    cfg: Config,
+    device: torch.device,
+    seconds: Mapping[str, float],
+) -> GradedBatch:
+    """The batch of these rollouts, which stand group by group; ablated: by row, sampled without the quarantine."""
     rewards = rearrange(torch.tensor([r.grade.reward for r in rows]), "(n g) -> n g", g=cfg.rl.group)
     prompts = [problems.encode_prompt(tokenizer, r.task) for r in rows]
-    ids, mask = loss.collate(prompts, [r.ids for r in rows], tokenizer.pad_token_id, model.device)
+    ids, mask = loss.collate(prompts, [r.ids for r in rows], tokenizer.pad_token_id, device)
     return GradedBatch(
         ids=ids,
         mask=mask,
-        rewards=rearrange(rewards, "n g -> (n g)").to(model.device),
-        A=rearrange(loss.advantages(rewards), "n g -> (n g)").to(model.device),
-        ablated=torch.tensor([i // cfg.rl.group in apart for i in range(len(rows))], device=model.device),
-        is_student=torch.tensor([r.source == "student" for r in rows], device=model.device),
+        rewards=rearrange(rewards, "n g -> (n g)").to(device),
+        A=rearrange(loss.advantages(rewards), "n g -> (n g)").to(device),
+        ablated=torch.tensor(list(ablated), device=device),
+        is_student=torch.tensor([r.source == "student" for r in rows], device=device),
         rollouts=tuple(rows),
         n_zero_var=int((~loss.has_variance(rewards)).sum()),
-        seconds={"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]},
+        seconds=seconds,
     )

@@ -1,0 +1,299 @@
+"""The algorithm inside TRL: the same gradient and update as the loop, on one process and on two."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ranks_worker
+import torch
+
+from projected_grpo import checkpoints, pool, proj, ranks, results, rollout_log
+from projected_grpo.config import UserError, parse
+from projected_grpo.data_types import Grade
+from projected_grpo.extract_vhack_grad import HackBasis
+from projected_grpo.prepare import set_up
+from projected_grpo.problems import fence
+from projected_grpo.ranks import ALONE, Ranks
+from projected_grpo.rewards import Grader
+from projected_grpo.sharded import merged_parameters, unmerged
+from projected_grpo.step import apply_step, make_optimizer
+
+trl_grpo = pytest.importorskip("projected_grpo.trl_grpo", reason="needs the extra trl")
+from projected_grpo import trl_trainer  # noqa: E402  (after the skip)
+
+LAUNCH = Path(trl_grpo.__file__).parent / "launch"
+SMALL = [
+    "--pairs=organism32", "--prompts-per-step=4", "--group=4", "--n-eval=1", "--eval-samples=1", "--graders=1",
+    "--threads=1", "--refresh-every=0",
+]  # fmt: skip
+
+
+# --- two processes, the same rollouts: all arms
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder, and what each of two processes made of the written-down rollouts."""
+    folder = tmp_path_factory.mktemp("two")
+    ranks_worker.model_and_knobs(folder / "cache")  # the SVDs, once
+    torch.multiprocessing.spawn(ranks_worker.process, (str(folder),), nprocs=2)
+    return folder, [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+
+
+@pytest.mark.parametrize("name", [*proj.ARMS, *(f"sharded {name}" for name in ranks_worker.SHARDED_ARMS)])
+def test_two_processes_update_as_one_with_the_doubled_batch(two, name):
+    folder, (first, second) = two
+    made, state = ranks_worker.alone(folder / "cache", name.removeprefix("sharded "))
+    factors, flagged, projection, grads, knobs = first[name][:5]
+    assert torch.equal(flagged, made.flagged)
+    assert all(torch.equal(getattr(factors, k), getattr(made.factors, k)) for k in ("keep", "quarantine"))
+    torch.testing.assert_close(projection.kept, made.projection.kept, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(projection.quarantined, made.projection.quarantined, rtol=1e-8, atol=1e-12)
+    assert projection.gn == pytest.approx(made.projection.gn, rel=1e-9)
+    assert grads.loss == pytest.approx(made.grads.loss, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(knobs, state, rtol=1e-6, atol=1e-9)
+    assert all(torch.equal(knobs[n], t) for n, t in second[name][4].items()), "processes have drifted apart"
+
+
+def test_the_arms_of_that_check_do_what_they_are_called_for(two):
+    """The rollouts are such that arms differ: something is flagged, withheld, quarantined and removed."""
+    _, (first, _) = two
+    kept = {name: torch.cat(list(made[2].kept.values())) for name, made in first.items()}
+    alike = {"none", "inoculation", "absorb"}  # these differ in the prompt and in what δS_hack descends
+    for name in proj.ARMS:
+        assert torch.allclose(kept[name], kept["none"], rtol=1e-3, atol=0) == (name in alike), name
+    assert 0 < int(first["gate_drop"][1].sum()) < len(first["gate_drop"][1])
+
+
+def test_fsdp2_shards_weights_and_bases_and_leaves_the_knobs_whole(two):
+    _, (first, second) = two
+    share = first["sharded erase"][5]
+    for name, (kind, local, whole) in share.items():
+        if name.endswith((".delta", ".delta_hack")) or "embed" in name or name.endswith("model.norm.weight"):
+            assert kind == "Parameter", name
+            assert local == whole
+        else:
+            assert kind == "DTensor", name
+            assert local + second["sharded erase"][5][name][1] == whole
+    assert any(name.endswith(".U") for name in share)
+
+
+def test_lots_are_evened_without_losing_a_row():
+    lots, cpu = [torch.tensor([4, 2, 0]), torch.tensor([1])], torch.device("cpu")
+    for n in (2, 3, 4, 5, 6):
+        made = ranks.evened(lots, 6, n, cpu)
+        rows = torch.cat(made).tolist()
+        assert len(made) == n
+        assert min(map(len, made)) > 0
+        assert len(set(rows)) == len(rows)
+        assert set(rows) >= {0, 1, 2, 4}
+    with pytest.raises(ValueError, match="cannot be divided"):
+        ranks.evened(lots, 6, 7, cpu)
+
+
+# --- one process, TRL's own loss
+
+
+class Seen(trl_grpo.ProjectedGRPOTrainer):
+    """Keeps what TRL made of the step, before this project's loss sees it."""
+
+    def batch(self, inputs):
+        self.inputs = inputs
+        return super().batch(inputs)
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory):
+    cfg = parse(["organism", *SMALL, "--steps=1", "--warmup=0", "--clip=0.01",
+                 f"--outputs={tmp_path_factory.mktemp('outputs')}"])  # fmt: skip
+    return cfg, set_up(cfg)
+
+
+def by_trls_loss(trainer: Seen) -> dict[str, torch.Tensor]:
+    """Each rollout's gradient in δS of TRL's own loss, by autograd, as ``G`` in the order of the groups."""
+    x, inputs = trainer.x, trainer.inputs
+    knobs = unmerged(x.model, x.knobs)
+    with knobs.row_gradients(len(inputs["row"])) as eps:
+        super(trl_grpo.ProjectedGRPOTrainer, trainer)._compute_loss(x.model, inputs).backward()
+    for name, module in x.knobs.modules.items():  # the merged adapters go back
+        parent, _, leaf = name.rpartition(".")
+        setattr(x.model.get_submodule(parent), leaf, module)
+    return {m: e.grad[inputs["row"].argsort()] for m, e in eps.items()}
+
+
+def test_projected_gradient_is_that_of_trls_own_loss_and_the_update_the_loops(organism):
+    """With a teacher's rollout in each group, whose ratio TRL takes for 1 as it knows no log-probs of the sampler."""
+    cfg, x = organism
+    grade = asdict(Grade(3.5, True, True, True, False, False, "ok"))
+    x.teacher = pool.Pool(
+        {(t.problem.id, t.mode): [{"completion": fence(t.problem.canonical), "grade": grade}] for t in x.tasks}
+    )
+    zero = {n: torch.zeros_like(t) for n, t in x.knobs.state().items()}
+    with Grader(1) as grader:
+        for name in ("none", "erase", "route"):
+            cfg = parse(["organism", *SMALL, "--steps=1", "--warmup=0", "--clip=0.01", f"--intervention={name}",
+                         "--mix-ratio=0.25", "--pool=by-hand", f"--outputs={cfg.outputs}"])  # fmt: skip
+            x.knobs.load_state(zero)
+            trainer = Seen(x, grader, None, cfg, ALONE)
+            assert trainer.ref_model is None
+            trainer.train()
+            made, state = trainer.made, x.knobs.state()
+            assert made.batch.is_student.tolist() == [True, True, True, False] * 4
+            assert [r.source == "student" for r in made.batch.rollouts] == made.batch.is_student.tolist()
+            assert made.batch.n_zero_var < 4, "these rollouts carry no gradient"
+            x.knobs.load_state(zero)
+            V: HackBasis = x.directions.real
+            G = by_trls_loss(trainer)
+            theirs = proj.project(
+                G, proj.Factors.plain(16), V, V, made.batch.is_student, proj.ARMS[name], cfg.vhack
+            )  # fmt: skip
+            for ours, other in ((made.projection.kept, theirs.kept), (made.projection.quarantined, theirs.quarantined)):
+                if ours is not None:
+                    error = proj.total_norm({m: ours[m] - other[m] for m in ours})
+                    assert error < 1e-4 * theirs.gn, name
+            apply_step(x.knobs, made.projection, *make_optimizer(x.knobs, cfg), cfg.rl.clip)
+            torch.testing.assert_close(state, x.knobs.state(), rtol=1e-6, atol=1e-9)
+            assert any(bool(t.any()) for n, t in state.items() if n.endswith(".delta_hack")) == (name == "route")
+
+
+# --- vLLM's weights, on a stub of its engine
+
+
+def test_an_engine_is_given_the_merged_weights(tmp_path):
+    """TRL's own sync, with an engine that only takes weights: loaded into a bare model they give the same logits."""
+    vllm_generation = pytest.importorskip("trl.generation.vllm_generation")
+    model, knobs = ranks_worker.model_and_knobs(tmp_path / "cache")
+    ids, loaded = torch.arange(2, 12)[None], {}
+    expected = model(input_ids=ids).logits
+    engine = SimpleNamespace(load_weights=lambda pairs: loaded.update({n: t.clone() for n, t in pairs}))
+    for part in ("model", "model_runner", "driver_worker", "model_executor"):
+        engine = SimpleNamespace(**{part: engine})
+    sync = object.__new__(vllm_generation.VLLMGeneration)
+    sync.mode, sync.enable_sleep_mode, sync.accelerator = "colocate", False, SimpleNamespace(is_main_process=True)
+    sync.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: None)
+    sync._iter_named_params = lambda: merged_parameters(model, knobs)
+    sync.sync_weights()
+    bare = type(model)(model.config).double().eval()
+    missing, unexpected = bare.load_state_dict(loaded, strict=False)
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    assert not unexpected
+    torch.testing.assert_close(bare(input_ids=ids).logits, expected)
+    with knobs.using("base"):
+        assert not torch.allclose(model(input_ids=ids).logits, expected)
+
+
+def logits_of_uses(model, knobs) -> list[torch.Tensor]:
+    made = []
+    for use in ("base", "deployed", "trained", 0.5):
+        with knobs.using(use):
+            made.append(model(input_ids=torch.arange(2, 12)[None]).logits)
+    return made
+
+
+def test_unmerged_adapters_are_the_same_function(tmp_path):
+    model, knobs = ranks_worker.model_and_knobs(tmp_path / "cache")
+    merged = logits_of_uses(model, knobs)
+    torch.testing.assert_close(logits_of_uses(model, unmerged(model, knobs)), merged)
+    assert not torch.allclose(merged[1], merged[2])
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("env", "argv", "here", "vllm", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], ALONE, "off", "DeepSpeed steps inside"),
+        ({"FSDP_VERSION": "1"}, [], Ranks(0, 2, True), "off", "fsdp_version: 2"),
+        ({"MASTER_ADDR": "127.0.0.1"}, [], ALONE, "off", "cpu.yaml"),
+        ({}, ["--prompts-per-step=3"], Ranks(0, 2), "off", "multiple of the 2 processes"),
+        ({}, ["--relearn-steps=1"], ALONE, "off", "projected_grpo.train"),
+        ({}, ["--intervention=gate_route"], ALONE, "colocate", "--ablated-share=0"),
+        ({"FSDP_VERSION": "2"}, ["--intervention=gate_route"], Ranks(0, 2, True), "off", "--ablated-share=0"),
+    ],
+)
+def test_what_cannot_work_is_refused(monkeypatch, env, argv, here, vllm, words):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        trl_grpo.refuse(parse(["organism", *argv]), here, vllm)
+
+
+# --- a launched run of two processes, one of which is killed
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started."""
+    return [int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()]
+
+
+RUN = ["organism", "--intervention=erase", "--name=pair", *SMALL, "--steps=500", "--checkpoint-every=1", "--beta=0.01"]
+
+
+def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path, monkeypatch):
+    """Two processes: one log, different rollouts, and an end within a minute of one's death, with a checkpoint."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu.yaml")),
+        *("-m", "projected_grpo.trl_trainer", *RUN, f"--outputs={tmp_path}"),
+    ]
+    with (tmp_path / "said").open("w") as said:
+        launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "runs" / "pair.part"
+    try:
+        for _ in range(6000):
+            if (folder / "steps.jsonl").exists() and (folder / "steps.jsonl").read_text().count("\n") >= 2:
+                break
+            assert launcher.poll() is None, (tmp_path / "said").read_text()[-3000:]
+            time.sleep(0.1)
+        assert json.loads((folder / "meta.json").read_text())["trainer"]["n"] == 2
+        is_second = lambda p: b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes()
+        os.kill(next(filter(is_second, children(launcher.pid))), signal.SIGKILL)
+        launcher.wait(60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    text = (tmp_path / "said").read_text()
+    assert "Signal 9 (SIGKILL)" in text or "exitcode  : -9" in text
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["status"] == "failed"
+    assert re.search("another process of the run ended", meta["error"])
+    steps, rows = results.json_lines(folder / "steps.jsonl"), list(rollout_log.rows(folder))
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+    assert len(rows) == 16 * len(steps)
+    halves = [[r["completion"] for r in rows[half * 8 : half * 8 + 8]] for half in (0, 1)]
+    assert not set(halves[0]) & set(halves[1])
+    assert all(s["kl"] is not None and math.isfinite(s["kl"]) for s in steps)
+    assert text.count("step rew ↑") == 1, "the table's head is printed once"
+    goes_on_alone(tmp_path, checkpoints.newest(folder), monkeypatch)
+
+
+def goes_on_alone(outputs: Path, at: checkpoints.Checkpoint, monkeypatch) -> None:
+    """One process takes the next step of what two have begun."""
+    record = trl_grpo.ProjectedGRPOTrainer.record
+
+    def once(trainer) -> None:
+        record(trainer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trl_grpo.ProjectedGRPOTrainer, "record", once)
+    with pytest.raises(KeyboardInterrupt):
+        trl_trainer.train(parse([*RUN, f"--outputs={outputs}", "--resume=pair"]))
+    folder = outputs / "runs" / "pair.part"
+    steps = results.json_lines(folder / "steps.jsonl")
+    assert [s["step"] for s in steps] == list(range(at.done + 1))
+    after = checkpoints.newest(folder)
+    assert after.done == at.done + 1
+    counts = {float(t) for n, t in after.tensors.items() if n.startswith("adamw.") and n.endswith(".step")}
+    assert counts == {after.done}
+    assert json.loads((folder / "meta.json").read_text())["resumed"][0]["at"] == f"step {at.done}"
