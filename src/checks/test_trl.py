@@ -29,8 +29,7 @@ from projected_grpo.step import apply_step, make_optimizer
 
 if not os.environ.get("CI"):  # CI installs the extra: there its absence is a failure
     pytest.importorskip("trl", reason="needs the extra trl")
-from projected_grpo import trl_grpo  # noqa: E402  (after the skip)
-from projected_grpo import trl_trainer  # noqa: E402  (after the skip)
+from projected_grpo import trl_grpo, trl_trainer
 
 LAUNCH = Path(trl_grpo.__file__).parent / "launch"
 SMALL = [
