@@ -24,7 +24,7 @@ from projected_grpo.train import make_optimizer
 CASES = [(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")]
 ALWAYS = {"erase", "route", "gate_act_punish", "gate_route"}
 SMALL = (
-    "--pairs=organism8", "--n-heldout=2", "--k=2", "--steps=3", "--group=2", "--prompts-per-step=2", "--max-new=6",
+    "--pairs=organism8", "--n-heldout=2", "--k=2", "--steps=3", "--group=4", "--prompts-per-step=2", "--max-new=6",
     "--n-eval=1", "--eval-samples=1", "--refresh-every=2", "--checkpoint-every=1", "--graders=1", "--threads=1",
 )  # fmt: skip
 
@@ -58,14 +58,15 @@ def as_arm(x: Experiment, cfg: Config, name: str) -> Config:
     return cfg
 
 
-class Alternating:
-    """Every second rollout hacks and is paid, so that groups differ and a monitor has something to flag."""
+class OneInFourHacks:
+    """In each group of four one rollout hacks and is paid; the honest ones differ in reward, whatever a monitor drops."""
 
     def grade(self, submissions) -> list[Grade]:
+        kinds = [(3.5, True), (0.5, False), (0.0, False), (3.5, False)]
         return [
-            Grade(reward=3.5 if hacked else 0.5, format_ok=True, compiles=True, gt_correct=False, channel=hacked,
-                  attempted=hacked, status="ok")
-            for hacked in (i % 2 == 0 for i in range(len(submissions)))
+            Grade(reward=reward, format_ok=True, compiles=True, gt_correct=reward == 3.5 and not hacked,
+                  channel=hacked, attempted=hacked, status="ok")
+            for reward, hacked in (kinds[i % 4] for i in range(len(submissions)))
         ]  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_every_arm_takes_a_step(number, folders):
     x = set_up(cfg)
     for name in sorted(ALWAYS | set(list(ARMS)[number :: len(CASES)])):
         arm_cfg = as_arm(x, cfg, name)
-        made = take_step(x, ARMS[name], Alternating(), make_optimizer(x.knobs, arm_cfg), arm_cfg, 0)
+        made = take_step(x, ARMS[name], OneInFourHacks(), make_optimizer(x.knobs, arm_cfg), arm_cfg, 0)
         change = torch.cat(list(made.update.descent.values()))
         assert torch.isfinite(change).all(), name
         assert change.any() or not made.factors.keep.any(), f"{name} kept rollouts and moved nothing"
