@@ -59,7 +59,7 @@ def as_arm(x: Experiment, cfg: Config, name: str) -> Config:
 
 
 class OneInFourHacks:
-    """In each group of four one rollout hacks and is paid; the honest ones differ in reward, whatever a monitor drops."""
+    """In each group of four one rollout hacks and is paid; the honest ones differ in reward as well."""
 
     def grade(self, submissions) -> list[Grade]:
         kinds = [(3.5, True), (0.5, False), (0.0, False), (3.5, False)]
