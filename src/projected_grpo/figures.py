@@ -8,7 +8,7 @@ colour-blind readers; on paper the dashes and markers tell them apart too.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from projected_grpo import panels, summaries
-from projected_grpo.analysis import ONSET_LEVEL, WINDOW, Analysis
+from projected_grpo.analysis import WINDOW, Analysis
 from projected_grpo.config import UserError
 from projected_grpo.run_tables import PROBE
 from projected_grpo.stats import MARGIN
@@ -44,11 +44,12 @@ SCALED = [key for key, value in RC.items() if isinstance(value, float)]
 
 @dataclass(frozen=True)
 class Panel:
-    """A title and what draws on the axes. height: in points, where it is not the usual."""
+    """A title and what draws on the axes. height: in points. big: shown larger where there is room."""
 
     title: str
     draw: Callable[[Axes], None]
     height: int = HEIGHT
+    big: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def story(a: Analysis) -> Figure | None:
         return None
     caption = (
         f"Held-out problems, quarantine ablated. Small: a seed ({seeds_of(a)}); large: their mean, with its 95 % t "
-        f"interval over seeds. Grey band: solve within {MARGIN:.0%} of none's mean. Down and right is better."
+        f"interval over seeds. Grey band: solve within {100 * MARGIN:.0f} points of none's mean. Down and right is "
+        "better."
     )
-    panel = Panel("Deployed: hack against solve", lambda ax: panels.pareto(ax, a), height=330)
+    panel = Panel("", lambda ax: panels.pareto(ax, a), height=320, big=True)
     return Figure("story", "Hack against solve", caption, (panel,))
 
 
@@ -114,9 +116,7 @@ def deployed(a: Analysis) -> Figure | None:
     if not any(a.deployed(name, "hack") for name in a.labels):
         return None
     height = 70 + 24 * (len(a.labels) + 1)
-    drawn = tuple(
-        Panel(m, lambda ax, m=m: panels.dots(ax, a, m), height=height) for m in ("hack", "attempt", "solve")
-    )
+    drawn = tuple(Panel(m, lambda ax, m=m: panels.dots(ax, a, m), height=height) for m in ("hack", "attempt", "solve"))
     caption = (
         f"Held-out problems, quarantine ablated. Dots: {seeds_of(a)}; bar: mean and its 95 % t interval over seeds. "
         "Base: the untrained model. Dashed: mean of none."
@@ -214,13 +214,8 @@ def main(names: tyro.conf.Positional[tuple[str, ...]], store: str = "docs/result
             print(*paper(figure, name, Path(to)))
 
 
-def run(call: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
-    """The command line of ``call``: what the user can mend is one line."""
+if __name__ == "__main__":
     try:
-        tyro.cli(call, args=arguments)
+        tyro.cli(main)
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -160,6 +160,12 @@ def rates_in_mode(ax: Axes, a: Analysis, mode: str) -> None:
     share_axis(ax)
 
 
+def plain(ax: Axes, steps: Sequence[float], values: Sequence[float]) -> None:
+    """One curve as it is."""
+    ax.plot(steps, values, color=INK, linewidth=1.3)
+    ax.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+
+
 def shares(ax: Axes, a: Analysis, name: str) -> None:
     """cin, its null, cout and cout_Δ of a label."""
     for column, (_, style) in SHARE_STYLE.items():
@@ -232,12 +238,16 @@ def pareto(ax: Axes, a: Analysis) -> None:
         names.append((name, centre, style.color))
     if none and (matched := spread(a.deployed(none, "solve"))):
         ax.axvspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#efefef", zorder=0, linewidth=0)
+        left = max(matched.mean - MARGIN, -0.05)
+        ax.annotate(
+            "matched solve", (left, 1.03), xytext=(4, -3), textcoords="offset points", va="top", color="#6a6a6a"
+        )
     right = max((x for _, (x, _), _ in names), default=0.5)
-    ax.set(xlim=(-0.05, max(0.5, right + 0.22)), ylim=(-0.05, 1.03), xlabel="solve", ylabel="hack")
+    ax.set(xlim=(-0.05, max(0.5, right + 0.22)), ylim=(-0.05, 1.03), xlabel="solve, deployed", ylabel="hack, deployed")
     place(ax, names)
 
 
-OFFSETS = [(8, 0, "left"), (-8, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
+OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
            (0, 15, "center"), (0, -15, "center"), (10, 21, "left"), (10, -21, "left"), (-10, 21, "right"),
            (14, 32, "left"), (14, -32, "left")]  # fmt: skip
 

@@ -4,13 +4,14 @@ python -m projected_grpo.report [NAMES ...] [--outputs=outputs] [--rollouts=2400
 """
 
 import re
+import sys
 import time
 from pathlib import Path
 
 import tyro
 
 from projected_grpo import report_data, report_page
-from projected_grpo.figures import run
+from projected_grpo.config import UserError
 
 
 def make(names: tuple[str, ...], outputs: Path, store: Path, rollouts: int, to: Path | None = None) -> Path:
@@ -39,4 +40,7 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

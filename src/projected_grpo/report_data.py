@@ -122,7 +122,7 @@ def rollouts_of(a: Analysis, runs: Path, most: int | None) -> tuple[list[RunRoll
         try:
             rows = rollout_table.read(runs / run)
         except UserError as why:
-            notes.append(f"No rollouts of {why}.")
+            notes.append(f"Without rollouts: {why}.")
             continue
         kept = rows if most is None else rollout_table.sample(rows, most // len(table))
         out.append(RunRollouts(run, label, seed, kept, len(rows)))
@@ -186,5 +186,3 @@ def material(names: Sequence[str], runs: Path, store: Path, most: int = MOST) ->
         why = f"{names[0]} is unfinished" if part else f"{names[0]} is neither a run in {runs} nor a study"
         raise UserError(f"{why}; studies: {', '.join(studies)}")
     return gather(named_runs(names, runs), runs, store, most)
-
-

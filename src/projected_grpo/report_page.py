@@ -39,14 +39,14 @@ def svg(panel: Panel, name: str) -> str:
         drawn, ax = plt.subplots(figsize=(WIDTH / 72, panel.height / 72), dpi=72, layout="constrained")
         panel.draw(ax)
         out = io.StringIO()
-        drawn.savefig(out, format="svg", metadata={"Date": None})
+        drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         plt.close(drawn)
     body = out.getvalue()
     body = body[body.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", "", body, flags=re.S)
     body = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{WIDTH}"', body, count=1)
     body = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 height="{panel.height}"', body, count=1)
-    body = body.replace("<svg", f'<svg role="img" aria-label="{e(panel.title, quote=True)}"', 1)
+    body = body.replace("<svg", f'<svg role="img" aria-label="{e(panel.title or name, quote=True)}"', 1)
     return NUMBER_IDS.sub("", body)
 
 
@@ -60,11 +60,16 @@ def swatch(style: dict) -> str:
     )
 
 
+def heading(title: str) -> str:
+    """Of a panel; nothing where it has no title."""
+    return f"<h4>{e(title)}</h4>" if title else ""
+
+
 def figure_html(figure: Figure) -> str:
     """Caption, legend, panels."""
     legend = "".join(f"<li>{swatch(style)}{e(name)}</li>" for name, style in figure.legend)
     drawn = "".join(
-        f'<figure class="panel"><h4>{e(p.title)}</h4>{svg(p, f"{figure.name}{i}")}</figure>'
+        f'<figure class="panel{" big" * p.big}">{heading(p.title)}{svg(p, f"{figure.name}{i}")}</figure>'
         for i, p in enumerate(figure.panels)
     )
     return (
@@ -162,7 +167,7 @@ def diagnostics_html(m: Material) -> str:
     for name, f in StepRow.__dataclass_fields__.items():
         at = [(s["step"], s[name]) for s in steps if isinstance(s.get(name), int | float)]
         if name not in DRAWN and at:
-            draw = lambda ax, at=at: (ax.plot(*zip(*at, strict=True), color=panels.INK, linewidth=1.3), ax.grid(axis="y", color="#e4e4e4"))  # noqa: E501
+            draw = lambda ax, at=at: panels.plain(ax, *zip(*at, strict=True))
             panel = svg(Panel(name, draw, height=HEIGHT - 76), f"d-{name}")
             told = e(f.metadata["legend"])
             drawn.append(f'<figure class="panel"><h4>{name}</h4>{panel}<p class="caption">{told}</p></figure>')
@@ -200,7 +205,7 @@ def lead(m: Material) -> str:
         (meta,) = m.metas.values()
         arm, config = meta.get("arm") or {}, meta["config"]
         terms = [("Arm.", f"{config['intervention']}: {arm.get('math', '')}"), ("H.", arm.get("H", ""))]
-        terms.append(("Run.", f"preset {config['preset']}, seed {config['seed']}, code {meta.get('commit')}"))
+        terms.append(("Run.", f"preset {config.get('preset')}, seed {config['seed']}, code {meta.get('commit')}"))
     out = '<dl class="lead">' + "".join(f"<dt>{e(t)}</dt><dd>{e(text)}</dd>" for t, text in terms if text) + "</dl>"
     notes = [f"<li>{e(note)}</li>" for note in m.notes]
     if m.left_out:
@@ -236,20 +241,27 @@ def sections(m: Material) -> list[tuple[str, str, str]]:
     return [p for p in (*parts, ("provenance", "Provenance", provenance(m))) if p[2]]
 
 
+def assembled(title: str, kind: str, lead: str, found: list[tuple[str, str, str]], packed: str, foot: str) -> str:
+    """The page of sections. packed: the rollouts as ``rollout_pack.packed`` has them, or nothing."""
+    nav = "".join(f'<a href="#{name}">{e(heading)}</a>' for name, heading, _ in found)
+    body = "\n".join(f'<section id="{name}"><h2>{e(heading)}</h2>{text}</section>' for name, heading, text in found)
+    data = f'<script type="text/plain" id="rollout-data">{packed}</script>' if packed else ""
+    return filled(
+        template("page.html"), title=e(title), kind=kind, style=template("style.css"), lead=lead, nav=nav,
+        sections=body, foot=foot, data=data, script=template("browser.js"),
+    )  # fmt: skip
+
+
+def browser_page(title: str, packed: str) -> str:
+    """A page of rollouts alone."""
+    return assembled(title, "Rollouts", "", [("rollouts", "Rollouts", template("browser.html"))], packed, "")
+
+
 def page(m: Material, command: str) -> str:
     """The whole page. command: how it was made."""
-    found = sections(m)
-    data = ""
-    if m.rollouts:
-        packed = rollout_pack.packed(rollout_pack.columns(m.rollouts, m.statements))
-        data = f'<script type="text/plain" id="rollout-data">{packed}</script>'
-    nav = "".join(f'<a href="#{name}">{e(title)}</a>' for name, title, _ in found)
-    body = "\n".join(f'<section id="{name}"><h2>{e(title)}</h2>{text}</section>' for name, title, text in found)
-    return filled(
-        template("page.html"), title=e(m.title), kind="Run" if m.single else "Study", style=template("style.css"),
-        lead=lead(m), nav=nav, sections=body, foot=f"Made by <code>{e(command)}</code>", data=data,
-        script=template("browser.js"),
-    )  # fmt: skip
+    packed = rollout_pack.packed(rollout_pack.columns(m.rollouts, m.statements)) if m.rollouts else ""
+    kind, foot = "Run" if m.single else "Study", f"Made by <code>{e(command)}</code>"
+    return assembled(m.title, kind, lead(m), sections(m), packed, foot)
 
 
 def write(text: str, path: Path) -> None:

@@ -58,7 +58,7 @@ def read(folder: Path) -> pl.DataFrame:
         columns = {name: column(found.schema, *where) for name, where in FIELDS.items()}
         table = found.select(**columns)
     except (OSError, pl.exceptions.PolarsError) as error:
-        reason = "no rollouts" if isinstance(error, FileNotFoundError) else "rollouts cannot be read"
+        reason = "no rollouts file" if isinstance(error, FileNotFoundError) else "rollouts cannot be read"
         raise UserError(f"{folder.name}: {reason}") from None
     for name in NEEDED:
         if table[name].null_count() == len(table):
