@@ -25,7 +25,8 @@ TEXT_SIZES = """() => {
 """Pieces of visible text under 12 px."""
 
 BLANK = """() => [...document.querySelectorAll("figure.panel")].filter((f) => {
-  const svg = f.querySelector("svg"), box = svg && svg.getBoundingClientRect();
+  const svg = [...f.querySelectorAll("svg")].find((x) => x.getClientRects().length);
+  const box = svg && svg.getBoundingClientRect();
   const wide = (p) => p.getBoundingClientRect().width > 1;
   const ink = svg ? [...svg.querySelectorAll("path, use, circle")].filter(wide) : [];
   return !svg || box.width < 100 || box.height < 50 || ink.length < 4;

@@ -74,10 +74,13 @@ def label_legend(a: Analysis) -> tuple[tuple[str, dict[str, Any]], ...]:
     return tuple((name, panels.line_style(style)) for name, style in panels.styles(a).items())
 
 
-def smoothed(a: Analysis) -> str:
+def smoothed(a: Analysis, bands: bool = True) -> str:
     """How curves are drawn, in words."""
-    band = "" if seeds_of(a) == "1 seed" else f", mean of {seeds_of(a)}; bands from the least seed to the most"
-    return f"Means over {WINDOW} steps of student rollouts{band}."
+    several = seeds_of(a) != "1 seed"
+    told = (f", mean of {seeds_of(a)}" if several else "") + (
+        "; bands: least to most seed" if several and bands else ""
+    )
+    return f"Means over {WINDOW} steps of student rollouts{told}."
 
 
 def story(a: Analysis) -> Figure | None:
@@ -108,7 +111,8 @@ def arms(a: Analysis) -> Figure | None:
     drawn = tuple(
         Panel(metric, lambda ax, metric=metric: panels.compared(ax, a, f"{metric}_s")) for metric in ("hack", "solve")
     )
-    return Figure("arms", "Arms side by side", f"{smoothed(a)} Quarantine kept.", drawn, label_legend(a))
+    caption = f"{smoothed(a, len(a.labels) <= panels.FEW)} Quarantine kept."
+    return Figure("arms", "Arms side by side", caption, drawn, label_legend(a))
 
 
 def deployed(a: Analysis) -> Figure | None:
@@ -136,7 +140,7 @@ def modes(a: Analysis) -> Figure:
         else label_legend(a)
     )
     what = "Hack, attempt and solve" if single else "Hack"
-    return Figure("modes", "By mode", f"{what} by mode of the loophole. {smoothed(a)}", drawn, legend)
+    return Figure("modes", "By mode", f"{what} by mode of the loophole. {smoothed(a, single)}", drawn, legend)
 
 
 def gradient(a: Analysis) -> Figure:

@@ -14,6 +14,8 @@ from projected_grpo.stats import MARGIN, Values
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)))
+FEW = 4
+"""Labels of which one panel can show the seed bands."""
 MARKERS = ("o", "s", "D", "^", "v", "P")
 INK, GREY = "#1c1c1c", "#8a8a8a"
 METRIC_STYLE: dict[str, tuple[str, Any]] = {
@@ -129,7 +131,7 @@ def rates(ax: Axes, a: Analysis, name: str) -> None:
 def compared(ax: Axes, a: Analysis, column: str) -> None:
     """One column of every label."""
     for name, style in styles(a).items():
-        curve(ax, a.curves.get((name, column), {}), fill=len(a.labels) <= 4, **line_style(style))
+        curve(ax, a.curves.get((name, column), {}), fill=len(a.labels) <= FEW, **line_style(style))
     share_axis(ax)
 
 
@@ -222,7 +224,7 @@ def pareto(ax: Axes, a: Analysis) -> None:
     look, none = styles(a), none_label(a)
     points = {name: (a.deployed(name, "solve"), a.deployed(name, "hack"), look[name]) for name in a.labels}
     points["base"] = a.base("solve"), a.base("hack"), Style(GREY, "-", "X")
-    names = []
+    names, bars = [], []
     for name, (solve, hack, style) in points.items():
         both = sorted(solve.keys() & hack.keys())
         if not both:
@@ -233,6 +235,7 @@ def pareto(ax: Axes, a: Analysis) -> None:
             mx, my = stats.mean_interval(x), stats.mean_interval(y)
             ax.plot([mx.lo, mx.hi], [my.mean] * 2, color=style.color, linewidth=1, alpha=0.8)
             ax.plot([mx.mean] * 2, [my.lo, my.hi], color=style.color, linewidth=1, alpha=0.8)
+            bars.append(((mx.lo, my.mean), (mx.hi, my.mean)))
         centre = float(np.mean(x)), float(np.mean(y))
         ax.plot(*centre, marker=style.marker, color=style.color, markersize=8.5, mew=0.8, mec="white", linestyle="")
         names.append((name, centre, style.color))
@@ -244,7 +247,7 @@ def pareto(ax: Axes, a: Analysis) -> None:
         )
     right = max((x for _, (x, _), _ in names), default=0.5)
     ax.set(xlim=(-0.05, max(0.5, right + 0.22)), ylim=(-0.05, 1.03), xlabel="solve, deployed", ylabel="hack, deployed")
-    place(ax, names)
+    place(ax, names, bars)
 
 
 OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
@@ -252,13 +255,20 @@ OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left")
            (14, 32, "left"), (14, -32, "left")]  # fmt: skip
 
 
-def place(ax: Axes, names: Sequence[tuple[str, tuple[float, float], str]]) -> None:
-    """Names beside their points, each where it overlaps names already placed, and points, the least."""
+def place(
+    ax: Axes,
+    names: Sequence[tuple[str, tuple[float, float], str]],
+    bars: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+) -> None:
+    """Names beside their points, each where it overlaps points, bars and names already placed the least."""
     scale = ax.figure.dpi / 72
     size = ax.xaxis.label.get_size() * scale
     ax.figure.canvas.draw()
     frame, at = ax.get_window_extent(), [ax.transData.transform(p) for _, p, _ in names]
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    for ends in bars:
+        (x0, y0), (x1, _) = ax.transData.transform(ends)
+        taken.append((x0, y0 - 2, x1, y0 + 2))
     for (name, point, color), (x, y) in zip(names, at, strict=True):
         width = 0.58 * size * len(name)
 

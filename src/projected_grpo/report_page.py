@@ -33,10 +33,23 @@ def filled(text: str, **values: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda m: values[m[1]], text)
 
 
-def svg(panel: Panel, name: str) -> str:
-    """A panel as inline SVG, a point as a pixel; text stays text."""
+WIDE = 1.6
+"""How much wider and higher a big panel is where there is room; its text is as large as that of the others."""
+
+
+def drawn_panel(panel: Panel, name: str) -> str:
+    """A panel's SVG; of a big one two, of which the style shows the one that fits."""
+    if not panel.big:
+        return svg(panel, name)
+    narrow = svg(panel, f"{name}n").replace("<svg", '<svg class="narrow"', 1)
+    return svg(panel, name, WIDE).replace("<svg", '<svg class="wide"', 1) + narrow
+
+
+def svg(panel: Panel, name: str, scale: float = 1.0) -> str:
+    """A panel as inline SVG, a point as a pixel; text stays text. scale: of the panel, not of its text."""
+    width, height = round(WIDTH * scale), round(panel.height * scale)
     with figures.look(), plt.rc_context({"svg.hashsalt": name}):
-        drawn, ax = plt.subplots(figsize=(WIDTH / 72, panel.height / 72), dpi=72, layout="constrained")
+        drawn, ax = plt.subplots(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         panel.draw(ax)
         out = io.StringIO()
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -44,8 +57,8 @@ def svg(panel: Panel, name: str) -> str:
     body = out.getvalue()
     body = body[body.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", "", body, flags=re.S)
-    body = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{WIDTH}"', body, count=1)
-    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 height="{panel.height}"', body, count=1)
+    body = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{width}"', body, count=1)
+    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 height="{height}"', body, count=1)
     body = body.replace("<svg", f'<svg role="img" aria-label="{e(panel.title or name, quote=True)}"', 1)
     return NUMBER_IDS.sub("", body)
 
@@ -69,7 +82,7 @@ def figure_html(figure: Figure) -> str:
     """Caption, legend, panels."""
     legend = "".join(f"<li>{swatch(style)}{e(name)}</li>" for name, style in figure.legend)
     drawn = "".join(
-        f'<figure class="panel{" big" * p.big}">{heading(p.title)}{svg(p, f"{figure.name}{i}")}</figure>'
+        f'<figure class="panel{" big" * p.big}">{heading(p.title)}{drawn_panel(p, f"{figure.name}{i}")}</figure>'
         for i, p in enumerate(figure.panels)
     )
     return (
