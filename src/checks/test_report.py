@@ -22,6 +22,7 @@ from projected_grpo import (
     problems,
     report,
     report_data,
+    report_html,
     report_page,
     rollout_pack,
     rollout_table,
@@ -106,7 +107,7 @@ def material(runs) -> report_data.Material:
 def study_page(material, runs) -> Path:
     start = time.process_time()
     path = runs.parent / "study.html"
-    report_page.write(report_page.page(material, "just report planted"), path)
+    report_html.write(report_page.page(material, "just report planted"), path)
     assert time.process_time() - start < 20
     assert path.stat().st_size < 15e6
     return path
@@ -241,6 +242,10 @@ def test_study_page_shows_h1_and_what_was_left_out(study_page):
     text, data = study_page.read_text(), unpacked(study_page)
     assert "undecided" in text  # four seeds
     assert 'class="verdict' in text
+    for title in ("Deployed hack, minus none", "Deployed solve, minus none", "End of training", "Gradient"):
+        assert f"<h3>{title}</h3>" in text
+    assert "###" not in text
+    assert ":---" not in text
     assert data["total"] == 12 * 12 * 16
     assert data["n"] == 12 * (1300 // 13)
     assert len(data["runs"]) == 12
@@ -366,7 +371,7 @@ def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
     rows = rows.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("step"))
     data = rollout_pack.columns([rollout_pack.RunRollouts("big", "none", 1, rows, 50_000)], {})
     path = tmp_path / "big.html"
-    report_page.write(report_page.browser_page("big", rollout_pack.packed(data)), path)
+    report_html.write(report_page.browser_page("big", rollout_pack.packed(data)), path)
     assert path.stat().st_size < 15e6
     page, said = opened(browser, path)
     assert shown(page) == 50_000
@@ -386,6 +391,7 @@ def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
       }
       return best;
     }""")
+    print("filtering 50,000 rollouts, ms:", taken)
     assert max(taken.values()) < 200, taken
     assert said == []
     page.close()

@@ -2,8 +2,8 @@
 
     python -m projected_grpo.figures STUDY [STUDY ...] [--store=docs/results] [--to=docs/figures]
 
-A ``Figure`` is a row of panels; a panel draws itself on a matplotlib Axes. Colours are Okabe & Ito's, told apart by
-colour-blind readers; on paper the dashes and markers tell them apart too.
+A ``Figure`` is a row of panels; a panel draws itself on a matplotlib Axes. Colours are Okabe & Ito's, and two of Tol's muted
+ones, which colour-blind readers tell apart; on paper the dashes and markers tell them apart too.
 """
 
 import os
@@ -22,8 +22,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from projected_grpo import panels, summaries
-from projected_grpo.analysis import WINDOW, Analysis
+from projected_grpo import panels, panels_deployed, summaries
+from projected_grpo.analysis import METRICS, WINDOW, Analysis
 from projected_grpo.config import UserError
 from projected_grpo.run_tables import PROBE
 from projected_grpo.stats import MARGIN
@@ -92,7 +92,7 @@ def story(a: Analysis) -> Figure | None:
         f"interval over seeds. Grey band: solve within {100 * MARGIN:.0f} points of none's mean. Down and right is "
         "better."
     )
-    panel = Panel("", lambda ax: panels.pareto(ax, a), height=320, big=True)
+    panel = Panel("", lambda ax: panels_deployed.pareto(ax, a), height=320, big=True)
     return Figure("story", "Hack against solve", caption, (panel,))
 
 
@@ -120,10 +120,10 @@ def deployed(a: Analysis) -> Figure | None:
     if not any(a.deployed(name, "hack") for name in a.labels):
         return None
     height = 70 + 24 * (len(a.labels) + 1)
-    drawn = tuple(Panel(m, lambda ax, m=m: panels.dots(ax, a, m), height=height) for m in ("hack", "attempt", "solve"))
+    drawn = tuple(Panel(m, lambda ax, m=m: panels_deployed.dots(ax, a, m), height=height) for m in METRICS)
     caption = (
         f"Held-out problems, quarantine ablated. Dots: {seeds_of(a)}; bar: mean and its 95 % t interval over seeds. "
-        "Base: the untrained model. Dashed: mean of none."
+        "Base: the untrained model. Dotted: mean of none."
     )
     return Figure("deployed", "Deployed", caption, drawn)
 

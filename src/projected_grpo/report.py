@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from projected_grpo import report_data, report_page
+from projected_grpo import report_data, report_html, report_page
 from projected_grpo.config import UserError
 
 
@@ -19,7 +19,7 @@ def make(names: tuple[str, ...], outputs: Path, store: Path, rollouts: int, to: 
     m = report_data.material(names, outputs / "runs", store, rollouts)
     stem = re.sub(r"[^\w.+-]+", "-", m.analysis.summary.name)
     path = to or outputs / "reports" / f"{stem}.html"
-    report_page.write(report_page.page(m, " ".join(("just report", *names))), path)
+    report_html.write(report_page.page(m, " ".join(("just report", *names))), path)
     for name, why in m.left_out.items():
         if why != "not run":
             print(f"left out: {name}: {why}")

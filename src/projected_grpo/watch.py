@@ -46,6 +46,11 @@ def bar(share: float) -> str:
     return "█" * full + "·" * (BAR - full)
 
 
+def short(name: str, most: int = 34) -> str:
+    """A name, its beginning cut where it is too long: digest and seed stand at the end."""
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
 def run_state(folder: Path, now: float) -> dict[str, Any] | None:
     """How far an unfinished run is; None where its folder holds nothing that can be read."""
     try:
@@ -100,7 +105,7 @@ def picture(outputs: Path, names: Sequence[str] = (), now: float | None = None) 
         numbers = [s["last"].get(k) for k in ("hack_s", "attempt_s", "solve_s", "cin", "norm_delta")]
         cells = ["–" if x is None else f"{x:.2f}" for x in numbers]
         told = span(s["left"]) if s["status"] == "running" else s["status"]
-        rows.append((s["run"][:30], bar(s["done"] / s["total"]), f"{s['done']}/{s['total']}", told, *cells))
+        rows.append((short(s["run"]), bar(s["done"] / s["total"]), f"{s['done']}/{s['total']}", told, *cells))
     headers = ("run", "", "step", "left", "hack", "att", "solve", "cin", "‖δS‖")
     parts = [time.strftime("%H:%M:%S", time.localtime(now))]
     parts.append(
