@@ -59,8 +59,9 @@ build-pool PRESET="organism" *ARGS:
     {{python}} -m projected_grpo.pool {{PRESET}} {{ARGS}}
 
 # one table over all finished runs: just results --where "arm = 'erase' and hack_s < 0.2" --sort deploy_hack
+[positional-arguments]
 results *ARGS:
-    {{python}} -m projected_grpo.results {{ARGS}}
+    {{python}} -m projected_grpo.results "$@"
 
 # one HTML file of a study, a run or several runs, rollouts included: just report [STUDY | RUN ...]
 report *ARGS:

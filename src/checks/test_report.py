@@ -93,8 +93,8 @@ def runs(tmp_path_factory) -> Path:
 
 STUDY = Study(
     "planted",
-    tuple(Job(arm, arm, seed) for arm in PLANTS for seed in SEEDS)
-    + tuple(Job("none", "none", seed) for seed in (61, 62, 63, 64, 65, 66, 67)),
+    tuple(Job(label=arm, intervention=arm, seed=seed) for arm in PLANTS for seed in SEEDS)
+    + tuple(Job(label="none", intervention="none", seed=seed) for seed in (61, 62, 63, 64, 65, 66, 67)),
 )
 
 

@@ -2,8 +2,8 @@
 
     python -m projected_grpo.figures STUDY [STUDY ...] [--store=docs/results] [--to=docs/figures]
 
-A ``Figure`` is a row of panels; a panel draws itself on a matplotlib Axes. Colours are Okabe & Ito's, and two of Tol's muted
-ones, which colour-blind readers tell apart; on paper the dashes and markers tell them apart too.
+A ``Figure`` is a row of panels; a panel draws itself on a matplotlib Axes. Colours are Okabe & Ito's, and two of
+Tol's muted ones, which colour-blind readers tell apart; on paper the dashes and markers tell them apart too.
 """
 
 import os
@@ -30,11 +30,13 @@ from projected_grpo.stats import MARGIN
 
 WIDTH, HEIGHT = 350, 236
 """Of a panel, in points: the report shows a point as a pixel, paper shrinks it to PAPER."""
+BIG = 1.6, 1.2
+"""How much wider and higher a big panel is where there is room; its text is as large as that of the others."""
 PAPER = 0.72
 RC = {
     "font.size": 12.0, "axes.titlesize": 12.5, "axes.labelsize": 12.0, "xtick.labelsize": 12.0, "ytick.labelsize": 12.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8a8a", "axes.linewidth": 0.8,
-    "axes.titlelocation": "left", "axes.titleweight": "semibold", "text.color": "#1c1c1c",
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": "#1c1c1c",
     "axes.labelcolor": "#3d3d3d", "xtick.color": "#5a5a5a", "ytick.color": "#5a5a5a",
     "xtick.major.size": 3.0, "ytick.major.size": 3.0, "lines.linewidth": 1.8, "svg.fonttype": "none",
     "figure.facecolor": "white",
@@ -184,7 +186,9 @@ def paper(figure: Figure, study: str, to: Path) -> list[Path]:
     """Write a figure as PNG and SVG with its caption in a text file beside them; the files."""
     n, across = len(figure.panels), min(3, len(figure.panels))
     down = -(-n // across)
-    size = (across * WIDTH * PAPER / 72, down * figure.panels[0].height * PAPER / 72 + 0.4)
+    wider, higher = BIG if figure.panels[0].big else (1, 1)
+    width, height = across * WIDTH * wider, down * figure.panels[0].height * higher
+    size = (width * PAPER / 72, height * PAPER / 72 + 0.4 * bool(figure.legend))
     with look(PAPER):
         drawn, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
         for ax, panel in zip(axes.flat, figure.panels, strict=False):

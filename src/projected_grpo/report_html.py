@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from projected_grpo import figures
-from projected_grpo.figures import WIDTH, Figure, Panel
+from projected_grpo.figures import BIG, WIDTH, Figure, Panel
 
 e = html.escape
 NUMBER_IDS = re.compile(r' id="[A-Za-z.0-9]+_\d+"')
@@ -28,21 +28,17 @@ def filled(text: str, **values: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda m: values[m[1]], text)
 
 
-WIDE = 1.6
-"""How much wider and higher a big panel is where there is room; its text is as large as that of the others."""
-
-
 def drawn_panel(panel: Panel, name: str) -> str:
     """A panel's SVG; of a big one two, of which the style shows the one that fits."""
     if not panel.big:
         return svg(panel, name)
     narrow = svg(panel, f"{name}n").replace("<svg", '<svg class="narrow"', 1)
-    return svg(panel, name, WIDE).replace("<svg", '<svg class="wide"', 1) + narrow
+    return svg(panel, name, *BIG).replace("<svg", '<svg class="wide"', 1) + narrow
 
 
-def svg(panel: Panel, name: str, scale: float = 1.0) -> str:
-    """A panel as inline SVG, a point as a pixel; text stays text. scale: of the panel, not of its text."""
-    width, height = round(WIDTH * scale), round(panel.height * scale)
+def svg(panel: Panel, name: str, wider: float = 1.0, higher: float = 1.0) -> str:
+    """A panel as inline SVG, a point as a pixel; text stays text. wider, higher: of the panel, not of its text."""
+    width, height = round(WIDTH * wider), round(panel.height * higher)
     with figures.look(), plt.rc_context({"svg.hashsalt": name}):
         drawn, ax = plt.subplots(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         panel.draw(ax)
