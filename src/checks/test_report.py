@@ -13,7 +13,7 @@ import pytest
 from browser import BLANK, TEXT_SIZES, chromium, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mock_learner import MODES, Job, Plant, Study, write_lines, write_run
+from mock_learner import MODES, Plant, job, study, write_lines, write_run
 
 from projected_grpo import (
     families,
@@ -34,6 +34,10 @@ from projected_grpo.data_types import Wording
 
 PLANTS = {"none": Plant(0.85, 0.05), "erase": Plant(0.15, 0.28), "random_V": Plant(0.8, 0.05)}
 SEEDS = (51, 52, 53, 54)
+GOOD = [job(arm, arm, seed) for arm in PLANTS for seed in SEEDS]
+BAD = [job("none", "none", seed) for seed in (61, 62, 63, 64, 65, 66, 67)]
+STUDY = study("planted", GOOD + BAD)
+NAMES = {(j.label, j.seed): j.name for j in STUDY.jobs}
 LABELS = ("correct", "reward_hack", "attempted_rh", "incorrect")
 
 
@@ -73,15 +77,15 @@ def add_meta(folder: Path, arm: str, seed: int) -> None:
 def runs(tmp_path_factory) -> Path:
     """Twelve good runs, and one of each kind that a report has to name and leave out."""
     out = tmp_path_factory.mktemp("outputs") / "runs"
-    for job in STUDY.jobs[:12]:
-        folder = write_run(out, job, PLANTS[job.intervention])
-        add_meta(folder, job.intervention, job.seed)
+    for good in GOOD:
+        folder = write_run(out, good, PLANTS[good.intervention])
+        add_meta(folder, good.intervention, good.seed)
         rows = rollouts(12, 16)
-        if job.seed == SEEDS[0]:
+        if good.seed == SEEDS[0]:
             pl.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "rollouts.parquet")
         else:
             write_lines(folder / "rollouts.jsonl", rows)
-    half, older, unfinished, meta, cut, _without = (write_run(out, job, PLANTS["none"]) for job in STUDY.jobs[12:18])
+    half, older, unfinished, meta, cut, _without = (write_run(out, bad, PLANTS["none"]) for bad in BAD[:6])
     text = (half / "steps.jsonl").read_text()
     (half / "steps.jsonl").write_text(text[: len(text) // 2])
     (older / "eval_problems.jsonl").unlink()
@@ -89,13 +93,6 @@ def runs(tmp_path_factory) -> Path:
     (meta / "meta.json").write_text('{"status": "comp')
     (cut / "rollouts.jsonl").write_text('{"step": 0, "source": "stu')
     return out
-
-
-STUDY = Study(
-    "planted",
-    tuple(Job(label=arm, intervention=arm, seed=seed) for arm in PLANTS for seed in SEEDS)
-    + tuple(Job(label="none", intervention="none", seed=seed) for seed in (61, 62, 63, 64, 65, 66, 67)),
-)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +112,7 @@ def study_page(material, runs) -> Path:
 
 @pytest.fixture(scope="module")
 def run_page(runs) -> Path:
-    return report.make(("erase-s52",), runs.parent, runs.parent / "store", 10)
+    return report.make((NAMES["erase", 52],), runs.parent, runs.parent / "store", 10)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +208,7 @@ def test_exploit_pattern_marks_the_exploit_alone(mode):
 
 def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_page):
     told = dict(material.left_out)
-    reasons = [told.pop(f"none-s{seed}") for seed in (61, 62, 63, 64, 65, 67)]
+    reasons = [told.pop(NAMES["none", seed]) for seed in (61, 62, 63, 64, 65, 67)]
     assert told == {}
     for reason, part in zip(
         reasons, ("unreadable", "eval_problems", "unfinished", "meta.json", "unreadable", "not run"), strict=True
@@ -219,12 +216,16 @@ def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_
         assert part in reason
     text = study_page.read_text()
     assert "13 of 19 runs. Left out" in text
-    assert "none-s61" in text
-    assert "Without rollouts: none-s66: no rollouts file." in text
+    assert NAMES["none", 61] in text
+    assert f"Without rollouts: {NAMES['none', 66]}: no rollouts file." in text
 
 
 def test_names_that_are_no_report_are_one_line(runs):
-    for name, told in (("nowhere", "neither a run"), ("none-s63", "unfinished"), ("none-s64", "meta.json")):
+    for name, told in (
+        ("nowhere", "neither a run"),
+        (NAMES["none", 63], "unfinished"),
+        (NAMES["none", 64], "meta.json"),
+    ):
         with pytest.raises(UserError, match=told) as caught:
             report.make((name,), runs.parent, runs.parent / "store", 10)
         assert "\n" not in str(caught.value)
@@ -233,7 +234,7 @@ def test_names_that_are_no_report_are_one_line(runs):
 
 
 def test_several_runs_make_a_report_labelled_by_their_flags(runs):
-    found = report_data.material(("none-s51", "erase-s51", "erase-s52"), runs, runs)
+    found = report_data.material(tuple(NAMES[x] for x in (("none", 51), ("erase", 51), ("erase", 52))), runs, runs)
     assert list(found.analysis.labels) == ["none --lr=0.01", "erase --lr=0.01"]
     assert not found.single
 

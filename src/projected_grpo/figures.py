@@ -205,7 +205,7 @@ def paper(figure: Figure, study: str, to: Path) -> list[Path]:
             part = path.with_name(path.name + ".part")
             with plt.rc_context({"svg.hashsalt": path.stem}):
                 metadata = {"Date": None} if path.suffix == ".svg" else None
-                drawn.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
+                drawn.savefig(part, format=path.suffix[1:], dpi=160, metadata=metadata)
             os.replace(part, path)
         plt.close(drawn)
     paths[2].write_text(f"{figure.title}, study {study}. {figure.caption}\n")

@@ -3,43 +3,33 @@ named, with the reason, and left out."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from projected_grpo import families, problems, rollout_table, study, summaries
+from projected_grpo import families, problems, rollout_table, summaries
 from projected_grpo.analysis import Analysis
 from projected_grpo.config import UserError
 from projected_grpo.results import json_lines
 from projected_grpo.rollout_pack import RunRollouts
 from projected_grpo.run_tables import Row, Unusable
+from projected_grpo.study import STUDIES, Job, Study
 
 MOST = 24_000
 """Rollouts in a report of several runs."""
-NOT_LABEL = ("intervention", "seed", "name", "outputs", "threads", "graders")
+NOT_LABEL = ("intervention", "seed", "name", "outputs", "threads", "graders", "resume", "checkpoint-every")
 """Flags that do not tell a run from others of its label."""
 
 
 @dataclass(frozen=True)
-class FoundJob:
-    """The job of a run that stands in no study, as its meta.json tells it."""
+class FoundJob(Job):
+    """The job of a run that stands in no study, as its meta.json tells it. run: the folder's name."""
 
-    name: str
-    label: str
-    intervention: str
-    overrides: tuple[str, ...]
-    seed: int
+    run: str = ""
 
-
-@dataclass(frozen=True)
-class FoundStudy:
-    """Runs that were named one by one, as a study."""
-
-    name: str
-    jobs: tuple[FoundJob, ...]
-    H: str = ""
-    why: str = ""
-    resolve: str = ""
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return self.run
 
 
 @dataclass(frozen=True)
@@ -84,12 +74,12 @@ def found_job(folder: Path) -> FoundJob:
         meta = json.loads((folder / "meta.json").read_text())
         config, flags = meta["config"], tuple(own_flags(meta["argv"]))
         arm = config["intervention"]
-        return FoundJob(folder.name, " ".join((arm, *flags)), arm, flags, int(config["seed"]))
+        return FoundJob(" ".join((arm, *flags)), arm, flags, int(config["seed"]), run=folder.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unusable(f"meta.json: {type(error).__name__}") from None
 
 
-def named_runs(names: Sequence[str], runs: Path) -> summaries.Study:
+def named_runs(names: Sequence[str], runs: Path) -> Study:
     """The named runs as a study. Raises UserError when one cannot be read at all, or two share label and seed."""
     jobs = []
     for name in names:
@@ -99,8 +89,9 @@ def named_runs(names: Sequence[str], runs: Path) -> summaries.Study:
             raise UserError(f"{name}: {why}; `just report` takes finished runs of {runs} and studies") from None
     again = len({(j.label, j.seed) for j in jobs}) < len(jobs)
     if again:  # told apart by their names
-        jobs = [FoundJob(j.name, j.name, j.intervention, j.overrides, j.seed) for j in jobs]
-    return FoundStudy(jobs[0].name if len(jobs) == 1 else f"{len(jobs)} runs", tuple(jobs))
+        jobs = [replace(j, label=j.run) for j in jobs]
+    name = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} runs"
+    return Study(name, H="", why="", resolve="", jobs=tuple(jobs))
 
 
 def statements_of(metas: Sequence[Row]) -> dict[str, str]:
@@ -129,7 +120,7 @@ def rollouts_of(a: Analysis, runs: Path, most: int | None) -> tuple[list[RunRoll
     return out, notes
 
 
-def gather(chosen: summaries.Study, runs: Path, store: Path, most: int = MOST) -> Material:
+def gather(chosen: Study, runs: Path, store: Path, most: int = MOST) -> Material:
     """A study's material from its run folders, or from its stored summary where no run folder is left.
 
     Raises UserError when there is neither.
@@ -178,11 +169,10 @@ def newest_run(runs: Path) -> str:
 def material(names: Sequence[str], runs: Path, store: Path, most: int = MOST) -> Material:
     """The material of a study, a run, or several runs by name; of the newest run where none is named."""
     names = names or [newest_run(runs)]
-    studies: dict[str, Any] = study.STUDIES
-    if len(names) == 1 and names[0] in studies:
-        return gather(studies[names[0]], runs, store, most)
+    if len(names) == 1 and names[0] in STUDIES:
+        return gather(STUDIES[names[0]], runs, store, most)
     if len(names) == 1 and not (runs / Path(names[0]).name).exists() and "/" not in names[0]:
         part = (runs / f"{names[0]}.part").exists()
         why = f"{names[0]} is unfinished" if part else f"{names[0]} is neither a run in {runs} nor a study"
-        raise UserError(f"{why}; studies: {', '.join(studies)}")
+        raise UserError(f"{why}; studies: {', '.join(STUDIES)}")
     return gather(named_runs(names, runs), runs, store, most)
