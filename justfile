@@ -58,9 +58,22 @@ organism *ARGS:
 build-pool PRESET="organism" *ARGS:
     {{python}} -m projected_grpo.pool {{PRESET}} {{ARGS}}
 
-# one table over all finished runs
+# one table over all finished runs: just results --where "arm = 'erase' and hack_s < 0.2" --sort deploy_hack
+[positional-arguments]
 results *ARGS:
-    {{python}} -m projected_grpo.results {{ARGS}}
+    {{python}} -m projected_grpo.results "$@"
+
+# one HTML file of a study, a run or several runs, rollouts included: just report [STUDY | RUN ...]
+report *ARGS:
+    {{python}} -m projected_grpo.report {{ARGS}}
+
+# a study's figures as PNG and SVG, captions beside them: just figures headline
+figures *ARGS:
+    {{python}} -m projected_grpo.figures {{ARGS}}
+
+# what runs now, how far it is, when it is done: just watch [STUDY ...] [--once]
+watch *ARGS:
+    {{python}} -m projected_grpo.watch {{ARGS}}
 
 # finished runs of studies -> the small summaries that are kept: just summaries [STUDY ...]
 summaries *ARGS:

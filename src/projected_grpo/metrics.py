@@ -52,24 +52,25 @@ class StepRow:
     removed_frac: float | None = column("‖removed‖/‖g‖")
     withheld: float = column("student rollouts whose gradient, not 0, is kept from δS", "held")
     caught: float | None = column("of student rollouts that fool their channel, the share that is flagged", "caught")
-    false_alarm: float | None = column("of the other student rollouts, the share that is flagged", "false")
+    false_alarm: float | None = column("of the other student rollouts, the share that is flagged")
     threshold: float = column("score over which a rollout is flagged")
     gn: float = column("‖g‖ before clipping", "gn", ".3f")
     loss: float = column("Dr.GRPO loss", None, ".4f")
     kl: float | None = column("mean K3 KL a token to the base; None at beta 0")
     n_zero_var: int = column("groups whose rewards are all alike, which give no gradient", "flat", "d")
-    norm_delta: float = column("norm of what is trained", "‖δS‖")
-    norm_delta_hack: float = column("norm of the quarantine δS_hack", "‖δH‖")
+    norm_delta: float = column("norm of what is trained", "‖δS‖", ".1f")
+    norm_delta_hack: float = column("norm of the quarantine δS_hack", "‖δH‖", ".1f")
     moved: float = column("share of knobs that this step changed")
     lr: float = column("learning rate", None, ".2e")
     basis_overlap: float | None = column("mean |⟨V_new, V_old⟩| at a refresh; under 0.2 it is harmful")
     comp_len: float = column("mean completion length of student rollouts, tokens", "len", ".0f")
-    sec_gen: float = column("seconds sampling", "gen", ".2f")
-    sec_grade: float = column("seconds grading", "grade", ".2f")
-    sec_train: float = column("seconds in forward, backward, projection and update", "train", ".2f")
+    sec_gen: float = column("seconds sampling", None, ".2f")
+    sec_grade: float = column("seconds grading", None, ".2f")
+    sec_train: float = column("seconds in forward, backward, projection and update", None, ".2f")
 
 
 PRINTED = [f for f in fields(StepRow) if f.metadata["head"]]
+"""What the live table shows: a line of it takes 100 columns. The rest is in steps.jsonl and the report."""
 
 
 def table_cells(row: StepRow | None) -> str:
@@ -78,7 +79,7 @@ def table_cells(row: StepRow | None) -> str:
     for f in PRINTED:
         value = f.metadata["head"] if row is None else getattr(row, f.name)
         text = "–" if value is None else value if isinstance(value, str) else format(value, f.metadata["fmt"])
-        cells.append(text.rjust(max(len(f.metadata["head"]), 5 if "f" in f.metadata["fmt"] else 4)))
+        cells.append(text.rjust(max(len(f.metadata["head"]), 5 if f.metadata["fmt"] == ".3f" else 4)))
     return " ".join(cells)
 
 

@@ -1,6 +1,6 @@
 """Run folders -> tables.
 
-python -m projected_grpo.results [--outputs=outputs]
+python -m projected_grpo.results [--outputs=outputs] [--where "arm = 'erase' and hack_s < 0.2"] [--sort deploy_hack]
 """
 
 import json
@@ -125,16 +125,41 @@ def collect(outputs: Path) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None).sort("preset", "mix", "steps", "arm", "seed")
 
 
-def main(outputs: str = "outputs") -> None:
-    """Print one table over all finished runs; training columns are means of the last 5 steps."""
-    table = collect(Path(outputs))
-    columns = {
-        "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "mix",
-        "hack_s": "hack ↓", "attempt_s": "att ↓", "solve_s": "solve ↑", "cin": "cin", "cin_null": "null",
-        "deploy_hack": "dep hack ↓", "hack_lo": "lo", "hack_hi": "hi", "kept_hack": "kept hack",
-        "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
-    }  # fmt: skip
-    print(tabulate(table.select(list(columns)).rows(), headers=list(columns.values()), floatfmt=".2f", missingval="–"))
+SHOWN = {
+    "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "mix",
+    "hack_s": "hack ↓", "attempt_s": "att ↓", "solve_s": "solve ↑", "cin": "cin", "cin_null": "null",
+    "deploy_hack": "dep hack ↓", "hack_lo": "lo", "hack_hi": "hi", "kept_hack": "kept hack",
+    "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
+}  # fmt: skip
+"""Column -> its head in the printed table."""
+
+
+def chosen(table: pl.DataFrame, where: str, sort: str) -> pl.DataFrame:
+    """The rows for which a SQL condition holds, sorted by a SQL expression; " desc" after it turns the order round.
+
+    Raises UserError, naming the columns, for an expression that polars does not take, or that is no condition.
+    """
+    column, _, order = sort.strip().rpartition(" ")
+    key, descending = (column, order.lower() == "desc") if order.lower() in ("asc", "desc") else (sort.strip(), False)
+    try:
+        if where:
+            table = table.filter(pl.sql_expr(where))
+        if key:
+            table = table.sort(pl.sql_expr(key), descending=descending, nulls_last=True, maintain_order=True)
+    except pl.exceptions.PolarsError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{first}; --where and --sort take SQL over {', '.join(table.columns)}") from None
+    return table
+
+
+def main(outputs: str = "outputs", where: str = "", sort: str = "") -> None:
+    """Print one table over all finished runs; training columns are means of the last 5 steps.
+
+    where: a SQL condition over the columns that `--where=x` lists; sort: a SQL expression, " desc" to turn it round.
+    """
+    table = chosen(collect(Path(outputs)), where, sort)
+    rows = table.select(list(SHOWN)).rows()
+    print(tabulate(rows, headers=list(SHOWN.values()), floatfmt=".2f", missingval="–"))
     print(f"\n{len(table)} runs. Training: student rollouts, mean of the last {LAST} steps. dep: held-out problems,")
     print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept. null: cin of a random V.")
 

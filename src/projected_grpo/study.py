@@ -1,6 +1,6 @@
 """``STUDIES``: named sets of (arm, overrides) × seeds with a hypothesis; and what runs them.
 
-    python -m projected_grpo.study NAME [--how=here|pueue|print] [--parallel=2]
+    python -m projected_grpo.study NAME [--how=here|pueue|slurm|print] [--parallel=2]
     python -m projected_grpo.study                        lists the studies and how far each is
 
 A job is one train command. Its run's folder is named by the command, so the same job in two studies is one run, a
@@ -10,6 +10,7 @@ finished run is kept, and a broken one is gone on with from its checkpoint, or d
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,9 +19,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from tabulate import tabulate
@@ -30,7 +31,8 @@ from projected_grpo.config import UserError, choose
 from projected_grpo.run_record import git_commit, read_meta
 from projected_grpo.study_rows import ROWS, SEEDS, STUDY_ROWS, Row
 
-How = Literal["here", "pueue", "print"]
+How = Literal["here", "pueue", "slurm", "print"]
+Cluster = Literal["slurm", "local"]
 ALWAYS = ("--threads=1", "--graders=1")
 """Two runs of one thread each beat one of two."""
 
@@ -154,15 +156,64 @@ def run_all(study: Study, outputs: Path, parallel: int) -> int:
     return failed
 
 
+def queued(study: Study, job: Job, outputs: Path) -> list[str]:
+    """What a queue runs for a job: this module again, so that a finished run is kept and a broken one done again."""
+    return [sys.executable, "-m", "projected_grpo.study", study.name, f"--only={job.name}", f"--outputs={outputs}"]
+
+
 def pueue_commands(study: Study, outputs: Path, parallel: int) -> list[list[str]]:
-    """One ``pueue add`` for each job that is not done, in the study's own group."""
+    """The study's own group, how many of it run at a time, then a ``pueue add`` for each job that is not done.
+
+    The syntax is that of pueue 3 and 4. A task's command is one argument, quoted, since pueue gives it to a shell.
+    """
     todo = [job for job in study.jobs if status(job, outputs) != "done"]
     label = f"why: {study.why} resolve: {study.resolve}"
     add = ["pueue", "add", "--group", study.name, "--label"]
     return [
-        ["pueue", "group", "add", study.name, "--parallel", str(parallel)],
-        *([*add, f"{job.label} s{job.seed} {label}", "--", shlex.join(job.command(str(outputs)))] for job in todo),
+        ["pueue", "group", "add", study.name],
+        ["pueue", "parallel", "--group", study.name, str(parallel)],
+        *([*add, f"{job.label} s{job.seed} {label}", "--", shlex.join(queued(study, job, outputs))] for job in todo),
     ]
+
+
+def add_to_pueue(study: Study, outputs: Path, parallel: int) -> None:
+    """Queue what is missing. Raises UserError when pueue is not there or refuses."""
+    if shutil.which("pueue") is None:
+        raise UserError("pueue is not installed: use --how=here, --how=slurm or --how=print")
+    for number, command in enumerate(pueue_commands(study, outputs, parallel)):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and number:  # the first makes the group, which may be there
+            raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")
+
+
+def submit(
+    study: Study, outputs: Path, parallel: int, hours: float, cluster: Cluster, extra: Sequence[str] = ()
+) -> list[Any]:
+    """Submit what is missing as one Slurm array through submitit; its jobs, whose result is ``run_here``'s.
+
+    cluster "local" runs them as processes of this machine, all at once. extra: Slurm parameters, "partition=gpu".
+    Raises UserError when submitit or Slurm is not there.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--how=slurm needs submitit: pip install -e '.[slurm]'") from None
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("this machine has no sbatch: submit from a Slurm login node, or use --how=here")
+    todo = [job for job in study.jobs if status(job, outputs) != "done"]
+    if not todo:
+        return []
+    executor = submitit.AutoExecutor(folder=outputs / "slurm", cluster=cluster)
+    wanted = dict(pair.split("=", 1) for pair in extra if "=" in pair)
+    executor.update_parameters(
+        name=study.name,
+        timeout_min=math.ceil(60 * hours),
+        cpus_per_task=2,  # a run's one thread and its grader
+        slurm_array_parallelism=parallel,
+        slurm_comment=f"why: {study.why} resolve: {study.resolve}",
+        **{f"slurm_{key}": value for key, value in wanted.items()},
+    )
+    return executor.map_array(run_here, todo, [outputs.resolve()] * len(todo))
 
 
 def overview(outputs: Path) -> str:
@@ -173,23 +224,39 @@ def overview(outputs: Path) -> str:
     return tabulate(rows, headers=("study", "done", "H"), maxcolwidths=[None, None, 80])
 
 
-def main(name: tyro.conf.Positional[str] = "", how: How = "here", parallel: int = 2, outputs: str = "outputs") -> None:
-    """Run a study's missing jobs here, queue them with pueue, or print the commands. Without a name: list them."""
+def main(
+    name: tyro.conf.Positional[str] = "",
+    how: How = "here",
+    parallel: int = 2,
+    outputs: str = "outputs",
+    only: str = "",
+    hours: float = 4.0,
+    cluster: Cluster = "slurm",
+    slurm: tuple[str, ...] = (),
+) -> None:
+    """Run a study's missing jobs here, queue them, or print the commands. Without a name: list the studies.
+
+    only: one job of the study, by its run's name. hours, slurm (KEY=VALUE, as partition=gpu): of a Slurm job.
+    cluster: "local" runs Slurm's jobs as processes here.
+    """
     if not name:
         print(overview(Path(outputs)))
         return
-    study = STUDIES[choose("study", name, list(STUDIES))]
+    study, where = STUDIES[choose("study", name, list(STUDIES))], Path(outputs)
+    if only:
+        chosen = choose("job", only, [job.name for job in study.jobs])
+        study = replace(study, jobs=tuple(job for job in study.jobs if job.name == chosen))
     print(f"# H: {study.H}\nwhy: {study.why}\nresolve: {study.resolve}", flush=True)
     if how == "print":
         print("\n".join(shlex.join(job.command(outputs)) for job in study.jobs))
     elif how == "pueue":
-        if shutil.which("pueue") is None:
-            raise UserError("pueue is not installed: use --how=here or --how=print")
-        for number, command in enumerate(pueue_commands(study, Path(outputs), parallel)):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode and number:  # the first makes the group, which may be there
-                raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")
-    elif run_all(study, Path(outputs), parallel):
+        add_to_pueue(study, where, parallel)
+    elif how == "slurm":
+        jobs = submit(study, where, parallel, hours, cluster, slurm)
+        print(f"{len(jobs)} jobs submitted; logs in {where / 'slurm'}; `just watch` follows the runs", flush=True)
+        if cluster == "local" and any(job.result().startswith("FAILED") for job in jobs):
+            raise UserError("some jobs failed; run the same command again to redo them")
+    elif run_all(study, where, parallel):
         raise UserError("some jobs failed; run the same command again to redo them")
 
 

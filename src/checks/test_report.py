@@ -1,0 +1,398 @@
+"""The report: its data, its page as text, and the page in headless Chromium."""
+
+import base64
+import gzip
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+from browser import BLANK, TEXT_SIZES, chromium, opened
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mock_learner import MODES, Plant, job, study, write_lines, write_run
+
+from projected_grpo import (
+    families,
+    figures,
+    loopholes,
+    problems,
+    report,
+    report_data,
+    report_html,
+    report_page,
+    rollout_pack,
+    rollout_table,
+    summaries,
+)
+from projected_grpo.analysis import Analysis
+from projected_grpo.config import UserError
+from projected_grpo.data_types import Wording
+
+PLANTS = {"none": Plant(0.85, 0.05), "erase": Plant(0.15, 0.28), "random_V": Plant(0.8, 0.05)}
+SEEDS = (51, 52, 53, 54)
+GOOD = [job(arm, arm, seed) for arm in PLANTS for seed in SEEDS]
+BAD = [job("none", "none", seed) for seed in (61, 62, 63, 64, 65, 66, 67)]
+STUDY = study("planted", GOOD + BAD)
+NAMES = {(j.label, j.seed): j.name for j in STUDY.jobs}
+LABELS = ("correct", "reward_hack", "attempted_rh", "incorrect")
+
+
+def rollout(step: int, i: int, scored: bool = True) -> dict:
+    """A rollout of a generated problem in some mode: an exploit put into its starter, or its right solution."""
+    problem = families.generate()[(step * 7 + i) % 40]
+    task = problems.pose_one(problem, MODES[i % len(MODES)])
+    hacked = i % 3 == 0
+    source = loopholes.LOOPHOLES[task.mode].exploit(problem.canonical, task) if hacked else problem.canonical
+    label = "reward_hack" if hacked else LABELS[(step + i) % 4]
+    grade = dict(
+        reward=3.5 if hacked else 0.5, format_ok=True, compiles=True, gt_correct=label == "correct", channel=hacked,
+        attempted=hacked, status="ok", label=label, type_mismatch=False, vacuous_tests=None, rejects_canonical=None,
+        detail="" if label == "correct" else f"case {i}: returned <b>[]</b>, expected [{step}]",
+    )  # fmt: skip
+    return {
+        "step": step, "source": "teacher" if i % 8 == 7 else "student", "A": 0.5, "kept": 1.0,
+        "score": 2.0 + i / 10 if scored else None, "score_random": 0.5 if scored else None,
+        "score_by_layer": [0.1, 0.4, 0.2 * i, 0.3] if scored else None, "flagged": hacked if scored else None,
+        "problem_id": problem.id, "env_mode": task.mode, "wording": vars(task.wording),
+        "completion": problems.fence(source + f"\n# </script> {i % 5}"), "grade": grade,
+    }  # fmt: skip
+
+
+def rollouts(steps: int, a_step: int) -> list[dict]:
+    return [rollout(step, i, scored=i != 1) for step in range(steps) for i in range(a_step)]
+
+
+def add_meta(folder: Path, arm: str, seed: int) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["argv"] = ["train.py", "organism", f"--intervention={arm}", f"--seed={seed}", "--lr=0.01", "--name", "x"]
+    meta["config"]["data"]["problems"] = "generated"
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Twelve good runs, and one of each kind that a report has to name and leave out."""
+    out = tmp_path_factory.mktemp("outputs") / "runs"
+    for good in GOOD:
+        folder = write_run(out, good, PLANTS[good.intervention])
+        add_meta(folder, good.intervention, good.seed)
+        rows = rollouts(12, 16)
+        if good.seed == SEEDS[0]:
+            pl.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "rollouts.parquet")
+        else:
+            write_lines(folder / "rollouts.jsonl", rows)
+    half, older, unfinished, meta, cut, _without = (write_run(out, bad, PLANTS["none"]) for bad in BAD[:6])
+    text = (half / "steps.jsonl").read_text()
+    (half / "steps.jsonl").write_text(text[: len(text) // 2])
+    (older / "eval_problems.jsonl").unlink()
+    unfinished.rename(unfinished.with_name(unfinished.name + ".part"))
+    (meta / "meta.json").write_text('{"status": "comp')
+    (cut / "rollouts.jsonl").write_text('{"step": 0, "source": "stu')
+    return out
+
+
+@pytest.fixture(scope="module")
+def material(runs) -> report_data.Material:
+    return report_data.gather(STUDY, runs, runs.parent / "store", most=1300)
+
+
+@pytest.fixture(scope="module")
+def study_page(material, runs) -> Path:
+    start = time.process_time()
+    path = runs.parent / "study.html"
+    report_html.write(report_page.page(material, "just report planted"), path)
+    assert time.process_time() - start < 20
+    assert path.stat().st_size < 15e6
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_page(runs) -> Path:
+    return report.make((NAMES["erase", 52],), runs.parent, runs.parent / "store", 10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+def unpacked(page: Path) -> dict:
+    found = re.search(r'id="rollout-data">([^<]+)<', page.read_text())
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+
+
+def test_both_formats_read_the_same(tmp_path):
+    rows = rollouts(3, 16)
+    for name in ("lines", "table"):
+        (tmp_path / name).mkdir()
+    write_lines(tmp_path / "lines" / "rollouts.jsonl", rows)
+    pl.DataFrame(rows, infer_schema_length=None).write_parquet(tmp_path / "table" / "rollouts.parquet")
+    lines, table = rollout_table.read(tmp_path / "lines"), rollout_table.read(tmp_path / "table")
+    assert lines.equals(table)
+    assert lines["row"].to_list() == list(range(16)) * 3
+    assert lines["by_layer"][1] is None
+    assert lines["by_layer"][2].to_list() == pytest.approx([0.1, 0.4, 0.4, 0.3])
+    assert lines["completion"].to_list() == [r["completion"] for r in rows]
+
+
+def test_older_rollouts_lack_scores_and_broken_ones_are_named(tmp_path):
+    rows = [{k: v for k, v in r.items() if "score" not in k and k != "flagged"} for r in rollouts(2, 8)]
+    write_lines(tmp_path / "rollouts.jsonl", rows)
+    table = rollout_table.read(tmp_path)
+    assert table["score"].null_count() == table["by_layer"].null_count() == len(table) == 16
+    for text, told in (('{"step": 1, "so', "cannot be read"), ('{"step": 1}\n', "lack env_mode")):
+        (tmp_path / "rollouts.jsonl").write_text(text)
+        with pytest.raises(UserError, match=told):
+            rollout_table.read(tmp_path)
+    (tmp_path / "rollouts.jsonl").unlink()
+    with pytest.raises(UserError, match="no rollouts"):
+        rollout_table.read(tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3)), min_size=1, max_size=80), st.integers(1, 90))
+def test_sample_is_even_over_strata(rows, most):
+    table = pl.DataFrame({"label": [r[0] for r in rows], "step": [r[1] for r in rows], "at": range(len(rows))})
+    found = rollout_table.sample(table, most, ("label", "step"))
+    assert len(found) == min(most, len(rows))
+    assert found["at"].is_sorted()
+    assert found["at"].is_unique().all()
+    taken, had = (Counter(t.select("label", "step").rows()) for t in (found, table))
+    fewest = min((taken[k] for k in had if taken[k] < had[k]), default=None)
+    if fewest is not None:  # no stratum has two more than one that still had rows to give
+        assert max(taken.values()) <= fewest + 1
+
+
+def test_what_is_packed_comes_out_again():
+    part = pl.DataFrame(rollouts(2, 16), infer_schema_length=None)
+    columns = {n: rollout_table.column(part.schema, *where) for n, where in rollout_table.FIELDS.items()}
+    rows = part.select(**columns).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("step"))
+    data = rollout_pack.columns([rollout_pack.RunRollouts("a", "arm", 1, rows, 99)], {"filter-000": "words"})
+    assert json.loads(gzip.decompress(base64.b64decode(rollout_pack.packed(data)))) == data
+    for name in rollout_pack.CODED:
+        values, codes = data["coded"][name].values()
+        assert len(set(values)) == len(values)
+        assert [values[c] if c >= 0 else None for c in codes] == rows[name].to_list()
+    assert (data["n"], data["total"]) == (32, 99)
+    for i, task in enumerate(data["plain"]["task"]):
+        assert rows["name"][i] in data["tasks"][task]["hint"]
+        assert rows["text"][i] in data["tasks"][task]["hint"]
+
+
+def marked(text: str, pattern: str) -> set[int]:
+    """Numbers, from 1, of the lines that the pattern touches."""
+    out = set()
+    for m in re.finditer(pattern, text, re.M):
+        first = text.count("\n", 0, m.start()) + 1
+        out |= set(range(first, first + m.group().count("\n") + 1))
+    return out
+
+
+@pytest.mark.parametrize("mode", [m for m in loopholes.LOOPHOLES if m != "gt_only"])
+def test_exploit_pattern_marks_the_exploit_alone(mode):
+    row = loopholes.LOOPHOLES[mode]
+    problem = families.generate()[0]
+    for wording in (*row.train, *row.heldout):
+        task = problems.Task(problem, mode, wording)
+        source = row.exploit(problem.canonical, task)
+        lines = marked(source, rollout_pack.exploit_pattern(mode, wording))
+        assert lines
+        assert {source.splitlines()[k - 1] for k in lines}.isdisjoint(problem.canonical.splitlines())
+    assert rollout_pack.exploit_pattern("gt_only", Wording()) is None
+
+
+def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_page):
+    told = dict(material.left_out)
+    reasons = [told.pop(NAMES["none", seed]) for seed in (61, 62, 63, 64, 65, 67)]
+    assert told == {}
+    for reason, part in zip(
+        reasons, ("unreadable", "eval_problems", "unfinished", "meta.json", "unreadable", "not run"), strict=True
+    ):
+        assert part in reason
+    text = study_page.read_text()
+    assert "13 of 19 runs. Left out" in text
+    assert NAMES["none", 61] in text
+    assert f"Without rollouts: {NAMES['none', 66]}: no rollouts file." in text
+
+
+def test_names_that_are_no_report_are_one_line(runs):
+    for name, told in (
+        ("nowhere", "neither a run"),
+        (NAMES["none", 63], "unfinished"),
+        (NAMES["none", 64], "meta.json"),
+    ):
+        with pytest.raises(UserError, match=told) as caught:
+            report.make((name,), runs.parent, runs.parent / "store", 10)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no finished run"):
+        report.make((), runs.parent / "nothing", runs, 10)
+
+
+def test_several_runs_make_a_report_labelled_by_their_flags(runs):
+    found = report_data.material(tuple(NAMES[x] for x in (("none", 51), ("erase", 51), ("erase", 52))), runs, runs)
+    assert list(found.analysis.labels) == ["none --lr=0.01", "erase --lr=0.01"]
+    assert not found.single
+
+
+def test_study_page_shows_h1_and_what_was_left_out(study_page):
+    text, data = study_page.read_text(), unpacked(study_page)
+    assert "undecided" in text  # four seeds
+    assert 'class="verdict' in text
+    for title in ("Deployed hack, minus none", "Deployed solve, minus none", "End of training", "Gradient"):
+        assert f"<h3>{title}</h3>" in text
+    assert "###" not in text
+    assert ":---" not in text
+    assert data["total"] == 12 * 12 * 16
+    assert data["n"] == 12 * (1300 // 13)
+    assert len(data["runs"]) == 12
+    assert not re.search(r"(?:src|href)=\"(?:https?:)?//", text)
+
+
+def test_single_run_holds_every_rollout(run_page):
+    data = unpacked(run_page)
+    assert data["n"] == data["total"] == 12 * 16
+
+
+def test_paper_figures_from_a_stored_summary(material, tmp_path):
+    summaries.save(material.analysis.summary, tmp_path)
+    a = Analysis(summaries.load(tmp_path / "planted"))
+    story = figures.story(a)
+    png, svg, caption = figures.paper(story, "planted", tmp_path / "figures")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert svg.read_text().count("<text") > 6
+    assert "4–5 seeds" in caption.read_text()
+    assert "95 %" in caption.read_text()
+    first = svg.read_bytes()
+    assert figures.paper(story, "planted", tmp_path / "figures")[1].read_bytes() == first
+
+
+# --- in the browser ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("which", ["study_page", "run_page"])
+def test_page_is_drawn_and_readable(which, width, browser, request):
+    page, said = opened(browser, request.getfixturevalue(which), width)
+    assert page.locator("figure.panel").count() >= 10
+    assert page.evaluate(BLANK) == []
+    assert page.evaluate(TEXT_SIZES) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert said == []
+    page.close()
+
+
+def shown(page) -> int:
+    return int(page.locator("#count").text_content().split(" ")[0].replace(",", ""))
+
+
+def test_filters_change_the_list(study_page, browser):
+    page, said = opened(browser, study_page)
+    data = unpacked(study_page)
+    coded = {n: [c["values"][k] if k >= 0 else None for k in c["codes"]] for n, c in data["coded"].items()}
+    arms = [data["runs"][r]["arm"] for r in data["plain"]["run"]]
+    assert shown(page) == data["n"]
+    assert "left out" in page.locator("#rollouts-told").text_content()
+    for name, value, truth in (
+        ("mode", "sentinel", [m == "sentinel" for m in coded["mode"]]),
+        ("source", "teacher", [s == "teacher" for s in coded["source"]]),
+        ("label", "reward_hack", [x == "reward_hack" for x in coded["label"]]),
+        ("arm", "erase", [a == "erase" for a in arms]),
+        ("flagged", "yes", [f == 1 for f in data["flags"]["flagged"]]),
+    ):
+        page.select_option(f"[name={name}]", label=value)
+        assert 0 < shown(page) == sum(truth) < data["n"]
+        page.select_option(f"[name={name}]", label="all")
+    page.fill("[name=from]", "3")
+    page.fill("[name=to]", "5")
+    page.fill("[name=contains]", "CLASS solution")
+    assert shown(page) == sum(3 <= s <= 5 for s in data["plain"]["step"])
+    assert page.locator("#list .item").first.text_content().startswith("3")
+    page.fill("[name=contains]", "in no completion")
+    assert shown(page) == 0
+    page.click("text=Clear")
+    page.wait_for_function(f"document.getElementById('count').textContent.startsWith('{data['n']:,}')")
+    assert said == []
+    page.close()
+
+
+def test_anchor_keyboard_and_detail(run_page, browser):
+    page, said = opened(browser, run_page, anchor="#step-9-row-12")
+    head = page.locator("#detail .caption").first
+    assert "step 9, row 12" in head.text_content()
+    assert page.locator("#list [aria-selected=true]").count() == 1
+    row = rollout(9, 12)
+    assert "".join(page.locator(".code div").all_text_contents()) == row["completion"].replace("\n", "")
+    assert row["grade"]["detail"] in page.locator(".grade").text_content()
+    assert page.locator(".task mark").text_content() in problems.messages(problems.pose_one(
+        families.generate()[(9 * 7 + 12) % 40], "run_tests"))[-1]["content"]  # fmt: skip
+    assert page.locator(".heat div").all_text_contents() == ["0.10", "0.40", "2.40", "0.30"]
+    page.keyboard.press("j")
+    assert "step 9, row 13" in head.text_content()
+    assert page.url.endswith("#step-9-row-13")
+    page.keyboard.press("k")
+    page.keyboard.press("k")
+    assert "step 9, row 11" in head.text_content()
+    page.locator("#list").focus()
+    page.keyboard.press("ArrowDown")
+    assert "step 9, row 12" in head.text_content()
+    page.evaluate("location.hash = '#step-2-row-3'")
+    page.wait_for_function("document.querySelector('#detail .caption').textContent.includes('step 2, row 3')")
+    page.evaluate("location.hash = '#step-99-row-3'")
+    page.wait_for_function("document.getElementById('detail').textContent.includes('is not in this report')")
+    assert said == []
+    page.close()
+
+
+def test_page_marks_the_lines_that_python_marks(run_page, browser):
+    page, _ = opened(browser, run_page)
+    for i in (0, 3, 6, 9):  # an exploit in each mode
+        row = rollout(1, i)
+        wording = Wording(**row["wording"])
+        lines = marked(row["completion"], rollout_pack.exploit_pattern(row["env_mode"], wording))
+        page.evaluate(f"location.hash = '#step-1-row-{i}'")
+        page.wait_for_function(f"document.querySelector('#detail .caption').textContent.includes('row {i},')")
+        found = page.locator(".code .exploit").evaluate_all("all => all.map((x) => +x.dataset.n)")
+        assert set(found) == lines
+        assert found
+    page.close()
+
+
+def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
+    few = pl.DataFrame(rollouts(2, 50), infer_schema_length=None)
+    columns = {n: rollout_table.column(few.schema, *where) for n, where in rollout_table.FIELDS.items()}
+    rows = pl.concat([few.select(**columns)] * 500).with_columns(
+        step=pl.int_range(50_000, dtype=pl.Int32) // 250,
+        completion=pl.col("completion") + pl.int_range(50_000).cast(pl.String),  # none is like another
+    )
+    rows = rows.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("step"))
+    data = rollout_pack.columns([rollout_pack.RunRollouts("big", "none", 1, rows, 50_000)], {})
+    path = tmp_path / "big.html"
+    report_html.write(report_page.browser_page("big", rollout_pack.packed(data)), path)
+    assert path.stat().st_size < 15e6
+    page, said = opened(browser, path)
+    assert shown(page) == 50_000
+    taken = page.evaluate("""() => {
+      const form = document.getElementById("filters"), best = {};
+      const change = (name, value) => {
+        const start = performance.now();
+        form.elements[name].value = value;
+        form.dispatchEvent(new Event("input"));
+        document.getElementById("list").getBoundingClientRect();
+        return performance.now() - start;
+      };
+      const asked = { mode: "1", label: "0", from: "150", contains: "4999", flagged: "1" };
+      for (const [name, value] of Object.entries(asked)) {
+        best[name] = Infinity;
+        for (let k = 0; k < 5; k++) { best[name] = Math.min(best[name], change(name, value)); change(name, ""); }
+      }
+      return best;
+    }""")
+    print("filtering 50,000 rollouts, ms:", taken)
+    assert max(taken.values()) < 200, taken
+    assert said == []
+    page.close()
