@@ -13,10 +13,10 @@ from test_models import KINDS, model_of
 from transformers import AutoModelForCausalLM
 
 from projected_grpo import export, models, pairs, proj, train
+from projected_grpo.arms import ARMS
 from projected_grpo.config import Config, ModelCfg, parse
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import OWN_PAIRS, Experiment, directions_for, refresh, set_up
-from projected_grpo.proj import ARMS
 from projected_grpo.run_record import RunRecord
 from projected_grpo.step import take_step
 from projected_grpo.train import make_optimizer

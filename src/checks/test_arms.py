@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from projected_grpo import gates, proj
+from projected_grpo.arms import ARMS, Arm
 from projected_grpo.config import PRESETS, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.proj import ARMS, Arm
 from projected_grpo.step import apply_step, make_optimizer
 
 WIDTHS = {"a": 4, "b": 3}

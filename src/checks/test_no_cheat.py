@@ -14,10 +14,10 @@ import torch
 
 import projected_grpo
 from projected_grpo import pairs, pool, proj
+from projected_grpo.arms import ARMS
 from projected_grpo.config import PRESETS, Config
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import Experiment, refresh, set_up
-from projected_grpo.proj import ARMS
 from projected_grpo.step import make_optimizer, take_step
 
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}

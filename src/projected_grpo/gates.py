@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo import loss
+from projected_grpo.arms import Rows
 from projected_grpo.config import VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads, unit_rows
-from projected_grpo.proj import Factors, Rows
+from projected_grpo.proj import Factors
 
 FOLDS = 6
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from projected_grpo import activations, antipasto, bases, gates, memory, models, pairs, pool, problems, proj
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
+from projected_grpo.arms import Arm
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Pair, Rollout, Task
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
 from projected_grpo.gates import Detector
-from projected_grpo.proj import Arm
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo import loss
+from projected_grpo.arms import Arm
 from projected_grpo.config import ArmCfg
 from projected_grpo.data_types import GradedBatch, Rollout
-from projected_grpo.proj import Arm
 
 SIGMA_FLOOR = 0.1
 """Smallest σ of a group's scores; it presumes that d is normalised."""

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from projected_grpo import activations, gates, loss, proj
 from projected_grpo.antipasto import Knobs
+from projected_grpo.arms import Arm
 from projected_grpo.config import Config
 from projected_grpo.data_types import GradedBatch
 from projected_grpo.loss import RowGrads
 from projected_grpo.metrics import Step, Update
 from projected_grpo.prepare import Experiment
-from projected_grpo.proj import Arm, Factors, Projection
+from projected_grpo.proj import Factors, Projection
 from projected_grpo.ranks import ALONE, Ranks, rows_of
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import rollout, seeded, tasks_of_step

@@ -1,0 +1,219 @@
+"""``ARMS``: one row an arm. What the stages do is in proj, gates and shaping; this module only says which arm does what."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from projected_grpo.config import choose
+
+Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo", "clean"]
+Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
+Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "route", "route_low", "both"]
+Score = Literal["gradient", "fisher", "activation", "either"]
+Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
+
+BRIEF, METHOD = "this project", "control"
+ROUTING = "after Gradient Routing 2410.04332, SGTM 2512.05648"
+REBOUND = "after Wu & Tang 2604.01476"
+BENCHMARK = "rl-rewardhacking (Ariahw, Engels & Nanda)"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm does, stage by stage; the defaults are plain GRPO.
+
+    math: the arm in a line. basis: whose V. reward: what is done to rewards before advantages are made. rows: which
+    rollouts' gradients reach δS (gates.factors), by a detector over ``score``. act: what is done with the V part of
+    their sum. honest_prompt: False where the training prompt allows the exploit (inoculation). control: the arm with
+    random directions that this one has to beat. oracle: it reads ``gt_correct``, and is an upper bound, never a
+    method.
+    """
+
+    math: str
+    source: str
+    H: str
+    basis: Basis = "hack"
+    reward: Reward = "paid"
+    rows: Rows = "all"
+    score: Score = "gradient"
+    act: Act = "measure"
+    honest_prompt: bool = True
+    control: str | None = None
+    oracle: bool = False
+
+    @property
+    def quarantines(self) -> bool:
+        """Whether δS_hack is trained."""
+        return self.act == "route" or self.rows in ("route", "route_low", "both")
+
+
+def _controls(act: Act, name: str, H: str) -> dict[str, Arm]:
+    """erase or route with each control basis in V's place, k matched module by module."""
+    return {
+        f"{basis}_V{name}": Arm(f"as {act}, V from {what}", METHOD, H, basis, act=act)
+        for basis, what in (
+            ("random", "a random orthonormal draw, another for each seed"),
+            ("shuffled", "the same pairs, labels of half of them swapped"),
+            ("nonhack", "clean-against-clean pairs"),
+            ("placebo", "pairs that contrast something unrelated"),
+        )
+    }
+
+
+ARMS: dict[str, Arm] = {
+    "none": Arm("δS descends g", "Dr.GRPO 2503.20783", "hacking emerges under plain GRPO"),
+    "erase": Arm(
+        "δS descends g − relu(V g) V", BRIEF, "less hack at matched solve than none AND than random_V",
+        act="erase", control="random_V",
+    ),
+    "route": Arm(
+        "δS descends g − relu(V g) V, δS_hack the rest", ROUTING, "the quarantine takes the hack with it",
+        act="route", control="random_V_route",
+    ),
+    **_controls("erase", "", "no less hack than none"),
+    **_controls("route", "_route", "ablation alone does not lower hack"),
+    "random_V_mass": Arm(
+        "as random_V, ‖removed‖ scaled to the real V's on the same gradient", METHOD,
+        "no less hack than none at equal removed mass", "random", act="erase_mass",
+    ),
+    "shrink": Arm(
+        "g scaled by ‖kept‖/‖g‖ of erase on the same gradient", METHOD, "a smaller step alone does not lower hack",
+        act="shrink",
+    ),
+    "coinflip": Arm(
+        "each rollout's gradient kept by a fair coin", METHOD, "fewer rollouts alone do not lower hack", rows="coin"
+    ),
+    "trusted": Arm(
+        "δS descends VᵀV g, V the span of clean sides' gradients", "TDGA 2605.25189", "delays hacking",
+        "clean", act="span",
+    ),
+    "gate_drop": Arm(
+        "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
+        "less hack at solve no lower than none's, AND than gate_random", rows="drop", control="gate_random",
+    ),
+    "gate_random": Arm(
+        "as gate_drop with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="drop"
+    ),
+    "gate_coin": Arm(
+        "as many rollouts with A_i > 0 withheld as gate_drop's score would flag, at random", METHOD,
+        "no less hack than none", rows="count",
+    ),
+    "gate_fisher": Arm(
+        "as gate_drop, score w·n/‖n‖ with Fisher's w over all modules", BRIEF, "whitening makes a better detector",
+        rows="drop", score="fisher", control="gate_fisher_shuffled",
+    ),
+    "gate_fisher_shuffled": Arm(
+        "as gate_fisher, labels of half of the pairs swapped", METHOD, "no less hack than none", "shuffled",
+        rows="drop", score="fisher",
+    ),
+    "gate_act": Arm(
+        "as gate_drop, score w·h with Fisher's w over mean-pooled activations", BRIEF,
+        "activations detect as well as gradients", rows="drop", score="activation", control="gate_act_random",
+    ),
+    "gate_act_random": Arm(
+        "as gate_act, w random", METHOD, "no less hack than none", "random", rows="drop", score="activation"
+    ),
+    "gate_act_shuffled": Arm(
+        "as gate_act, labels of half of the pairs swapped", METHOD, "no less hack than none", "shuffled",
+        rows="drop", score="activation",
+    ),
+    "gate_act_screen": Arm(
+        "as gate_act; flagged rollouts leave their group before its mean is taken", BRIEF,
+        "solve rises above gate_act's at no more hack", rows="screen", score="activation",
+        control="gate_act_screen_random",
+    ),
+    "gate_act_screen_random": Arm(
+        "as gate_act_screen, w random", METHOD, "no less hack than none", "random", rows="screen",
+        score="activation",
+    ),
+    "gate_act_punish": Arm(
+        "as gate_act; flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt", rows="punish",
+        score="activation", control="gate_act_punish_random",
+    ),
+    "gate_act_punish_random": Arm(
+        "as gate_act_punish, w random", METHOD, "no less hack than none", "random", rows="punish",
+        score="activation",
+    ),
+    "gate_screen": Arm(
+        "flagged rollouts leave their group before its mean is taken", BRIEF,
+        "solve rises above gate_drop's at no more hack", rows="screen", control="gate_screen_random",
+    ),
+    "gate_screen_random": Arm(
+        "as gate_screen with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="screen"
+    ),
+    "gate_punish": Arm(
+        "flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt, not only withheld",
+        rows="punish", control="gate_punish_random",
+    ),
+    "gate_punish_random": Arm(
+        "as gate_punish with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="punish"
+    ),
+    "gate_either_punish": Arm(
+        "as gate_act_punish; flagged by activations or by gate_fisher's score", BRIEF,
+        "each detector catches unseen hacks that the other misses", rows="punish", score="either",
+        control="gate_either_punish_random",
+    ),
+    "gate_either_punish_random": Arm(
+        "as gate_either_punish, both directions random", METHOD, "no less hack than none", "random", rows="punish",
+        score="either",
+    ),
+    "gate_act_punish_erase": Arm(
+        "gate_act_punish, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="punish",
+        score="activation", act="erase", control="gate_act_punish_erase_random",
+    ),
+    "gate_act_punish_erase_random": Arm(
+        "as gate_act_punish_erase, w and V random", METHOD, "no less hack than none", "random", rows="punish",
+        score="activation", act="erase",
+    ),
+    "gate_erase": Arm(
+        "gate_drop, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="drop", act="erase",
+        control="gate_erase_random",
+    ),
+    "gate_erase_random": Arm(
+        "as gate_erase with a random V, calibrated alike", METHOD, "no less hack than none", "random",
+        rows="drop", act="erase",
+    ),
+    "gate_route": Arm(
+        "score low: g_i to δS; in the middle: to both; flagged: to δS_hack", ROUTING,
+        "absorption beyond ablation alone", rows="route", control="gate_route_random",
+    ),
+    "gate_route_random": Arm(
+        "as gate_route with a random V, calibrated alike", METHOD, "ablation alone does not lower hack", "random",
+        rows="route",
+    ),
+    "gate_route_reversed": Arm(
+        "as gate_route, flagged to δS and low to δS_hack", METHOD, "more hack than gate_route", rows="route_low"
+    ),
+    "absorb": Arm(
+        "δS and δS_hack both descend g; δS_hack is ablated", METHOD, "deleting half the adapter does not lower hack",
+        rows="both",
+    ),
+    "rebound_mul": Arm(
+        "r' = r (1 − α σ(z) 1[z>0]), z the group's z-score of h·d", REBOUND, "less hack than none AND than random d",
+        reward="rebound_mul", control="rebound_mul_random",
+    ),
+    "rebound_mul_random": Arm("as rebound_mul, d random", METHOD, "no less hack than none", "random",
+                              reward="rebound_mul"),
+    "rebound_add": Arm(
+        "r' = r − α max(z, 0)", REBOUND, "less hack than none AND than random d", reward="rebound_add",
+        control="rebound_add_random",
+    ),
+    "rebound_add_random": Arm("as rebound_add, d random", METHOD, "no less hack than none", "random",
+                              reward="rebound_add"),
+    "penalty": Arm(
+        "r' = r − penalty on what a monitor of given accuracy flags", BENCHMARK, "upper bound", reward="penalty",
+        oracle=True,
+    ),
+    "screening": Arm(
+        "what a monitor of given accuracy flags leaves its group", BENCHMARK, "upper bound", reward="screening",
+        oracle=True,
+    ),
+    "inoculation": Arm(
+        "the training prompt allows the exploit, the deployed one does not", BENCHMARK, "less hack at deployment",
+        honest_prompt=False,
+    ),
+}  # fmt: skip
+
+
+def arm(name: str) -> Arm:
+    """The arm of that name. Raises UserError naming the arms there are."""
+    return ARMS[choose("arm", name, list(ARMS))]
