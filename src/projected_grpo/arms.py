@@ -1,4 +1,4 @@
-"""``ARMS``: one row an arm. What the stages do is in proj, gates and shaping; this module only says which arm does what."""
+"""``ARMS``: one row an arm. What the stages do is in proj, gates and shaping; here stands which arm does what."""
 
 from dataclasses import dataclass
 from typing import Literal
