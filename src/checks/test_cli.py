@@ -49,7 +49,7 @@ def test_overrides_reach_their_group():
         (["organism", "--problems=/nonexistent.jsonl"], "no problem file"),
         (["organism", "--group=1"], "raise --group"),
         (["organism", "--max-prompt=3"], "raise --max-prompt"),
-        (["organism", "--k=33"], "lower --k"),
+        (["organism", "--k=65"], "lower --k"),
         (["organism", "--modes=nomode"], "nomode"),
         (["fast"], "--device=cpu"),
     ],

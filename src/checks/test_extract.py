@@ -63,7 +63,7 @@ def test_descending_along_v_makes_the_hack_more_likely(organism, basis, axis):
 
 def test_held_out_pairs_project_hackward(basis):
     assert basis.meta["heldout_accuracy"] >= 0.75
-    assert basis.meta["n_pairs"] == 32
+    assert basis.meta["n_pairs"] == 64
 
 
 def test_labels_swapped_turn_v_around(organism, basis):
