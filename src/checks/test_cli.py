@@ -1,16 +1,12 @@
 """The command line: presets, overrides, and one clear line for whatever the user can mend."""
 
-import importlib
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-import projected_grpo
 from projected_grpo.config import PRESETS, UserError, flat_fields, parse
 from projected_grpo.train import main
 
@@ -93,17 +89,3 @@ def test_beartype_catches_a_planted_shape_error():
     )
     assert "TypeCheckError" not in loose.stderr
     assert "TypeCheckError" in strict.stderr
-
-
-def test_every_name_in_the_method_page_exists():
-    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
-    modules = {p.stem for p in Path(projected_grpo.__file__).parent.glob("*.py")}
-    named = {n for n in re.findall(r"`([a-z_]+\.[A-Za-z_.]+)`", page) if n.split(".")[0] in modules}
-    assert len(named) > 30
-    for name in named:
-        module, *path = name.split(".")
-        at = importlib.import_module(f"projected_grpo.{module}")
-        for part in path:
-            at = getattr(at, part)
-    bare = set(re.findall(r"`([a-z_]+)`", page))
-    assert bare & modules, "some modules are named alone"

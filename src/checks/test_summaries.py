@@ -247,11 +247,6 @@ def test_quoted_numbers_are_checked(headline, world):
     assert "other.md: 0.99 quotes headline/drop/deploy_hack, which is" in found[0]
 
 
-def test_this_repositorys_page_and_quotes_are_up_to_date():
-    root = Path(__file__).parents[2]
-    assert results_docs.problems(root / "docs", root / "README.md") == []
-
-
 def test_studies_of_a_stored_summary_keep_their_text(world):
     text = json.loads((world.docs / "results" / "headline" / "study.json").read_text())
     assert text["H"] == "the planted effects are there"
