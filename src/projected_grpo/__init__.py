@@ -10,4 +10,6 @@ import os
 if os.environ.get("BEARTYPE") == "1":
     from jaxtyping import install_import_hook
 
-    install_import_hook("projected_grpo", "beartype.beartype")
+    from projected_grpo import typechecks as typechecks  # before the hook, which calls it by name
+
+    install_import_hook("projected_grpo", "projected_grpo.typechecks.check")

@@ -54,7 +54,7 @@ def cost(shape: Sequence[int]) -> float:
     return float(shape[0] * shape[1] * min(shape))
 
 
-def factor(weights: Sequence[Float[Tensor, "o i"]], cache: Path) -> list[Path]:
+def factor(weights: Sequence[Float[Tensor, "_o _i"]], cache: Path) -> list[Path]:
     """Make sure that every weight's basis is on disk, W = U Σ Vh in float32 or wider; the files, in order.
 
     Equal weights are factored once. Progress is a bar in units of ``cost``; after the first batch the time that is

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from projected_grpo.config import Config, UserError
 from projected_grpo.evals import EvalRow
@@ -16,6 +16,7 @@ from projected_grpo.evals import EvalRow
 PROJECT = "projected_grpo"
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where numbers go."""
 
