@@ -87,9 +87,9 @@ class Trackio:
 
 @dataclass(frozen=True)
 class Row:
-    """library: the module that has to be there. open: (run's name, config, first step) -> Tracker."""
+    """package: what has to be installed. open: (run's name, config, first step) -> Tracker."""
 
-    library: str | None
+    package: str | None
     open: Callable[[str, Config, int], Tracker]
 
 
@@ -103,9 +103,9 @@ TRACKERS: dict[str, Row] = {
 
 def require(kind: str) -> None:
     """Raises UserError when the tracker's library is not there."""
-    library = TRACKERS[kind].library
-    if library is not None and importlib.util.find_spec(library) is None:
-        raise UserError(f"--tracker={kind} needs {library}: pip install {library}, or pip install -e '.[tracking]'")
+    package = TRACKERS[kind].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"--tracker={kind} needs {package}: pip install {package}, or pip install -e '.[tracking]'")
 
 
 def start(kind: str, name: str, cfg: Config, first_step: int = 0, rank: int = 0) -> Tracker:
