@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo import activations, antipasto, bases, gates, loss, proj
+from projected_grpo import activations, antipasto, arms, bases, gates, loss, proj
 from projected_grpo.config import Config, RLCfg, VHackCfg
 from projected_grpo.data_types import Grade, GradedBatch, Problem, Rollout, Task, Wording
 from projected_grpo.extract_vhack_grad import HackBasis
@@ -86,7 +86,7 @@ def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: proj.Arm) -
     states = activations.pooled(model, everything.ids, everything.mask, "mean")
     evidence = {"gradient": G, "fisher": gates.flat(G), "activation": states}
 
-    def detector(kind: proj.Score) -> gates.Detector:
+    def detector(kind: arms.Score) -> gates.Detector:
         scorer = lambda N: gates.row_scores(N, used).sum(0)
         if kind != "gradient":
             w = torch.randn(evidence[kind].shape[1], generator=draw, dtype=torch.float64)
