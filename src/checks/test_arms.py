@@ -22,7 +22,7 @@ REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)
 A = torch.tensor([1.75, -1.75, -1.5, 1.5], dtype=torch.float64)
 FLAGGED, LOW = torch.tensor([True, True, False, False]), torch.tensor([False, False, False, True])
 STUDENT = torch.ones(4, dtype=torch.bool)
-BY_ROW = {rule for rule in gates.RULES if rule not in ("coin", "count")}
+BY_ROW = {rule for rule in gates.RULES if rule not in ("coin", "count", "punish_count")}
 
 
 def tiny() -> tuple[dict[str, torch.Tensor], HackBasis, HackBasis]:

@@ -1,5 +1,6 @@
 """Gates, detectors and shaped rewards: each against a loop a reader can follow, or a case done by hand."""
 
+import itertools
 import math
 import random
 
@@ -73,7 +74,7 @@ def test_rules_by_hand(rule):
 
 
 def test_every_rule_is_checked():
-    assert {*RULES_BY_HAND, "coin", "count"} == set(gates.RULES)
+    assert {*RULES_BY_HAND, "coin", "count", "punish_count"} == set(gates.RULES)
     assert {arm.rows for arm in proj.ARMS.values()} <= set(gates.RULES)
 
 
@@ -87,6 +88,28 @@ def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
     drop, count = (gates.RULES[rule](s)[0] for rule in ("drop", "count"))
     assert (drop == 0).sum() == (count == 0).sum()
     assert (s.A[count == 0] > 0).all()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 3.5]), min_size=8, max_size=8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+    st.integers(0, 99),
+)
+def test_punish_count_is_punish_on_as_many_rows_drawn_anew(rewards, flagged, seed):
+    s = seen(rewards, flagged, seed=seed)
+    got = gates.RULES["punish_count"](s)[0]
+    n, rows = sum(flagged), torch.tensor(rewards, dtype=torch.float64)
+    choices = [loss.advantages(rows.where(~torch.tensor([i in c for i in range(8)]), 0.0).reshape(2, 4)).flatten()
+               for c in map(set, itertools.combinations(range(8), n))]  # fmt: skip
+    assert any(torch.allclose(got, choice) for choice in choices)
+
+
+def test_punish_count_draws_every_row_as_often():
+    drawn = torch.zeros(8, dtype=torch.float64)
+    for seed in range(400):
+        s = seen([1.0] * 8, [True, True] + [False] * 6, seed=seed)
+        drawn += (gates.RULES["punish_count"](s)[0] < -1e-9).to(drawn)
+    assert (drawn - 100).abs().max() < 40  # 400 draws of two of eight: 100 each, sd 8.7
 
 
 def test_coin_is_fair_and_ablated_rows_never_train_the_quarantine():

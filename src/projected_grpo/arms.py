@@ -7,7 +7,7 @@ from projected_grpo.config import choose
 
 Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo", "clean"]
 Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
-Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "route", "route_low", "both"]
+Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count", "route", "route_low", "both"]
 Score = Literal["gradient", "fisher", "activation", "either"]
 Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
 
@@ -132,6 +132,10 @@ ARMS: dict[str, Arm] = {
     "gate_act_punish_random": Arm(
         "as gate_act_punish, w random", METHOD, "no less hack than none", "random", rows="punish",
         score="activation",
+    ),
+    "gate_act_punish_coin": Arm(
+        "as many rollouts count as reward 0 as gate_act_punish's score would flag, at random", METHOD,
+        "no less hack than none", rows="punish_count", score="activation",
     ),
     "gate_screen": Arm(
         "flagged rollouts leave their group before its mean is taken", BRIEF,

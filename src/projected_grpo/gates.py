@@ -5,7 +5,7 @@ sides: no verdict of any grader enters.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from projected_grpo.proj import Factors
 
 FOLDS = 6
 
-UNIT: frozenset[Rows] = frozenset(("screen", "punish"))
+UNIT: frozenset[Rows] = frozenset(("screen", "punish", "punish_count"))
 """Rules that make advantages anew, so that they need the gradient of rollouts whose advantage was 0 as well."""
 
 
@@ -178,6 +178,13 @@ def _punish(s: Seen) -> tuple[Tensor, Tensor]:
     return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
 
 
+def _punish_count(s: Seen) -> tuple[Tensor, Tensor]:
+    """As many rows punished as ``_punish`` would, at random."""
+    chosen = torch.randperm(len(s.A), generator=s.generator)[: int(s.flagged.sum())].to(s.A.device)
+    flagged = torch.zeros_like(s.flagged).index_fill(0, chosen, True)
+    return _punish(replace(s, flagged=flagged))
+
+
 def _route(s: Seen) -> tuple[Tensor, Tensor]:
     return (~s.flagged).to(s.A), (~s.low).to(s.A)
 
@@ -194,6 +201,7 @@ RULES: dict[Rows, Callable[[Seen], tuple[Tensor, Tensor]]] = {
     "count": _count,
     "screen": _screen,
     "punish": _punish,
+    "punish_count": _punish_count,
     "route": _route,
     "route_low": _route_low,
     "both": lambda s: (torch.ones_like(s.A), torch.ones_like(s.A)),

@@ -71,7 +71,7 @@ ROWS: dict[str, Row] = {
             "gate_screen", "gate_punish", "gate_erase", "gate_route", "shuffled_V", "nonhack_V", "placebo_V",
             "random_V_mass", "shrink", "coinflip", "random_V_route", "shuffled_V_route", "nonhack_V_route",
             "placebo_V_route", "gate_random", "gate_coin", "gate_act_random", "gate_act_shuffled",
-            "gate_act_punish_random", "gate_either_punish", "gate_either_punish_random",
+            "gate_act_punish_random", "gate_act_punish_coin", "gate_either_punish", "gate_either_punish_random",
             "gate_act_punish_erase", "gate_act_punish_erase_random", "gate_route_random",
             "gate_route_reversed", "trusted", "absorb", "inoculation",
             "rebound_mul", "rebound_mul_random", "rebound_add", "rebound_add_random", "penalty", "screening",
@@ -80,17 +80,18 @@ ROWS: dict[str, Row] = {
         *variants("penalty", ("dose 1", ("--penalty=1",)), ("acc .9", ("--monitor-accuracy=0.9",)),
                   ("acc .7", ("--monitor-accuracy=0.7",))),
         *variants("screening", ("acc .9", ("--monitor-accuracy=0.9",)), ("acc .7", ("--monitor-accuracy=0.7",))),
-        *(Row(f"{arm} out {mode}", arm, known(*others(mode))) for arm in (*BEST, *COMBINED) for mode in MODES),
+        *(Row(f"{arm} out {mode}", arm, known(*others(mode))) for mode in MODES
+          for arm in (*BEST, *COMBINED, "gate_act_punish_random")),
+        *(Row(f"gate_act_punish found out {mode}", "gate_act_punish", (*known(*others(mode)), "--refresh-pairs=both"))
+          for mode in MODES),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
         *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random")),
         *(
             Row(f"{arm} mix {mix}", arm, (f"--mix-ratio={mix}", "--pool=outputs/pools/organism"))
             for arm in ("none", *BEST) for mix in ("0.125", "0.5")
         ),
-        *variants("erase", *((f"pairs {name}", (f"--pairs={name}",)) for name in (
-            "organism8", "organism16", "organism32", "reworded64", "otherwise64", "semantic64"))),
-        *variants("gate_act", *((f"pairs {name}", (f"--pairs={name}",)) for name in (
-            "organism8", "organism16", "organism32", "reworded64", "otherwise64", "semantic64"))),
+        *(Row(f"{arm} pairs {name}", arm, (f"--pairs={name}",)) for arm in BEST for name in (
+            "organism8", "organism16", "organism32", "reworded64", "otherwise64", "semantic64")),
         *variants("erase", ("k 1", ("--k=1",)), ("k 12", ("--k=12",)), ("no_gate", ("--gate=no_gate",)),
                   ("reverse", ("--gate=reverse",)), ("overshoot 1.5", ("--overshoot=1.5",)),
                   ("pair norm none", ("--pair-norm=none",)), ("update", ("--project=update",))),
@@ -124,17 +125,19 @@ STUDY_ROWS = (
         "controls", "no control basis, no smaller step and no random choice of rollouts lowers hack as the real V does",
         "a real effect has to beat all of them", "which part of an arm's effect is the direction",
         ("none", "shuffled_V", "nonhack_V", "placebo_V", "random_V_mass", "shrink", "coinflip", "gate_coin",
-         "gate_random", "gate_act_random", "gate_act_shuffled", "random_V_route"),
+         "gate_random", "gate_act_random", "gate_act_shuffled", "random_V_route", "gate_act_punish_coin"),
     ),
     StudyRow(
         "horizon", "what an arm prevents at 50 steps it has only delayed at 150",
         "prevention or delay", "onset, peak and endpoint at three times the horizon",
-        ("none 3x", "gate_act_punish 3x", "erase 3x", "gate_act 3x", "random_V 3x"), 3,
+        ("none 3x", "gate_act_punish 3x", "erase 3x", "gate_act 3x", "random_V 3x", "gate_act_punish_random 3x"), 3,
     ),
     StudyRow(
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
-        tuple(f"{arm} out {mode}" for arm in ("gate_act_punish", "erase", *COMBINED) for mode in MODES), 3,
+        tuple(f"{arm} out {mode}" for arm in (
+            "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found")
+            for mode in MODES), 3,
     ),
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",
