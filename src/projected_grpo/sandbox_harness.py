@@ -40,6 +40,8 @@ class Nothing:
 
 def encode(value, ask_equal=False):
     """``value`` as tagged JSON data; raises TooLarge. ask_equal: ask foreign ones ``x == Nothing()``."""
+    if type(value) in SELF or (type(value) is int and value.bit_length() <= MAX_BITS):
+        return value
     budget = MAX_NODES
 
     def walk(x, depth):
@@ -48,7 +50,7 @@ def encode(value, ask_equal=False):
         if budget < 0 or depth > MAX_DEPTH:
             raise TooLarge
         kind = type(x)
-        if x is None or kind is bool or kind is str:
+        if kind in SELF:
             return x
         if kind is int:
             return x if x.bit_length() <= MAX_BITS else {"o": "int"}
@@ -69,6 +71,7 @@ def encode(value, ask_equal=False):
     return walk(value, 0)
 
 
+SELF = frozenset((type(None), bool, str))
 TAGS = {tuple: "t", set: "s", frozenset: "z"}
 
 
@@ -150,7 +153,7 @@ def probe_calls(job, code, ask_equal=False):
     try:
         space = execute(job, code)
         for arguments in job["calls"]:
-            values.append(encode(entry_of(space, job)(**json.loads(arguments)), ask_equal))
+            values.append(encode(entry_of(space, job)(**marshal.loads(arguments)), ask_equal))
     except Exception as error:
         report(values=values, raised=describe(error))
     else:
@@ -167,7 +170,7 @@ def probe_script(job, code):
     space = execute(job, code, "__main__")
     for arguments in job["calls"][:1]:
         try:
-            entry_of(space, job)(**json.loads(arguments))
+            entry_of(space, job)(**marshal.loads(arguments))
         except Exception as error:
             report(raised=describe(error))
     raise SystemExit(1)
@@ -250,7 +253,7 @@ def probe_flag(job, code):
         if not flag:
             try:
                 for arguments in job["calls"][:1]:
-                    getattr(instance, job["entry"])(**json.loads(arguments))
+                    getattr(instance, job["entry"])(**marshal.loads(arguments))
             finally:
                 flag = bool(getattr(instance, job["name"], False))
                 report(flag=flag)
