@@ -56,6 +56,11 @@ def control_of(arm: str) -> str | None:
     return getattr(proj.ARMS.get(arm), "control", None)
 
 
+def coin_of(arm: str) -> str | None:
+    """The arm that does the same to rollouts drawn at random, from its row of ARMS."""
+    return getattr(proj.ARMS.get(arm), "coin", None)
+
+
 def shared(a: Seeds, b: Seeds) -> tuple[list[float], list[float]]:
     """Values of both at the seeds that both have, in order."""
     both = sorted(a.keys() & b.keys())

@@ -24,8 +24,8 @@ class Arm:
     math: the arm in a line. basis: whose V. reward: what is done to rewards before advantages are made. rows: which
     rollouts' gradients reach δS (gates.factors), by a detector over ``score``. act: what is done with the V part of
     their sum. honest_prompt: False where the training prompt allows the exploit (inoculation). control: the arm with
-    random directions that this one has to beat. oracle: it reads ``gt_correct``, and is an upper bound, never a
-    method.
+    random directions that this one has to beat; coin: the one that draws the rollouts at random. oracle: it reads
+    ``gt_correct``, and is an upper bound, never a method.
     """
 
     math: str
@@ -38,6 +38,7 @@ class Arm:
     act: Act = "measure"
     honest_prompt: bool = True
     control: str | None = None
+    coin: str | None = None
     oracle: bool = False
 
     @property
@@ -63,7 +64,7 @@ ARMS: dict[str, Arm] = {
     "none": Arm("δS descends g", "Dr.GRPO 2503.20783", "hacking emerges under plain GRPO"),
     "erase": Arm(
         "δS descends g − relu(V g) V", BRIEF, "less hack at matched solve than none AND than random_V",
-        act="erase", control="random_V",
+        act="erase", control="random_V", coin="coinflip",
     ),
     "route": Arm(
         "δS descends g − relu(V g) V, δS_hack the rest", ROUTING, "the quarantine takes the hack with it",
@@ -89,6 +90,7 @@ ARMS: dict[str, Arm] = {
     "gate_drop": Arm(
         "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
         "less hack at solve no lower than none's, AND than gate_random", rows="drop", control="gate_random",
+        coin="gate_coin",
     ),
     "gate_random": Arm(
         "as gate_drop with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="drop"
@@ -127,7 +129,7 @@ ARMS: dict[str, Arm] = {
     ),
     "gate_act_punish": Arm(
         "as gate_act; flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt", rows="punish",
-        score="activation", control="gate_act_punish_random",
+        score="activation", control="gate_act_punish_random", coin="gate_act_punish_coin",
     ),
     "gate_act_punish_random": Arm(
         "as gate_act_punish, w random", METHOD, "no less hack than none", "random", rows="punish",

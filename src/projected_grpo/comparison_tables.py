@@ -6,7 +6,7 @@ import numpy as np
 from tabulate import tabulate
 
 from projected_grpo import stats
-from projected_grpo.analysis import Analysis, Comparison, Label, Seeds, control_of
+from projected_grpo.analysis import Analysis, Comparison, Label, Seeds, coin_of, control_of
 from projected_grpo.run_tables import PROBE
 
 NOTHING = "–"
@@ -71,6 +71,11 @@ def random_of(a: Analysis, label: Label) -> Label | None:
     return a.reference(label, control) if (control := control_of(label.arm)) else None
 
 
+def tossed_of(a: Analysis, label: Label) -> Label | None:
+    """The label's own coin control."""
+    return a.reference(label, coin) if (coin := coin_of(label.arm)) else None
+
+
 def against(a: Analysis, who: str, of: Reference) -> str | None:
     """Differences to a reference, and whether solve is shown to be matched."""
     titles = {"deploy_hack": "Deployed hack", "hack": "End-of-training hack", "deploy_solve": "Deployed solve"}
@@ -86,6 +91,11 @@ def against_none(a: Analysis) -> str | None:
 def against_random(a: Analysis) -> str | None:
     """Against the same arm with random directions."""
     return against(a, "its random control", random_of)
+
+
+def against_coin(a: Analysis) -> str | None:
+    """Hack against the same done to rollouts drawn at random."""
+    return differences(a, "Deployed hack, minus its coin control", tossed_of, "deploy_hack")
 
 
 def matched_solve(a: Analysis, who: str, of: Reference) -> str | None:

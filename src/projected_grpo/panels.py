@@ -148,8 +148,10 @@ def mode_curves(a: Analysis, label: str, mode: str, metric: str) -> dict[int, Va
 
 
 def hack_in_mode(ax: Axes, a: Analysis, mode: str) -> None:
-    """Hack in a mode, every label; ° after a name: its V never saw the mode."""
+    """Hack in a mode. Where a study leaves modes out, only of labels that left out this one, or none at all."""
     for name, style in styles(a).items():
+        if a.labels[name].heldout and mode not in a.labels[name].heldout:
+            continue
         curve(ax, mode_curves(a, name, mode, "hack"), fill=False, **line_style(style))
     share_axis(ax)
 

@@ -119,7 +119,8 @@ STUDY_ROWS = (
     StudyRow(
         "headline", "H1: erase cuts hack by 30 points at solve within 10 points of none, and beats random_V",
         "H1, and which arm is best without an oracle", "supported, falsified or undecided by the rule of docs/spec.md",
-        ("none", "erase", "random_V", "gate_act_punish", "gate_act", "gate_drop", "route", "gate_act_punish_random"),
+        ("none", "erase", "random_V", "gate_act_punish", "gate_act", "gate_drop", "route", "gate_act_punish_random",
+         "gate_act_random", "gate_random", "random_V_route"),
     ),
     StudyRow(
         "controls", "no control basis, no smaller step and no random choice of rollouts lowers hack as the real V does",
@@ -135,9 +136,9 @@ STUDY_ROWS = (
     StudyRow(
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
-        tuple(f"{arm} out {mode}" for arm in (
+        ("none", "random_V", "coinflip", "gate_act_punish_coin", *(f"{arm} out {mode}" for arm in (
             "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found")
-            for mode in MODES), 3,
+            for mode in MODES)), 3,
     ),
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",

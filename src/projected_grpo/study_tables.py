@@ -9,6 +9,7 @@ from projected_grpo import stats
 from projected_grpo.analysis import METRICS, Analysis
 from projected_grpo.comparison_tables import (
     NOTHING,
+    against_coin,
     against_none,
     against_random,
     gain,
@@ -17,6 +18,7 @@ from projected_grpo.comparison_tables import (
     random_of,
     short,
     table,
+    tossed_of,
 )
 from projected_grpo.run_tables import PHASES, PROBE
 
@@ -86,11 +88,12 @@ def held_out(a: Analysis) -> str | None:
         known = [m for m in label.modes if m not in label.heldout]
         cells = [mean(a.pooled(name, m, label.heldout)) for m in METRICS]
         cells += [short(a.pooled(name, m, known)) for m in METRICS]
-        for other in (none_of(a, label), random_of(a, label)):
+        for other in (none_of(a, label), random_of(a, label), tossed_of(a, label)):
             hack = a.pooled(other.name, "hack", label.heldout) if other else {}
             cells.append(gain(a.pooled(name, "hack", label.heldout), hack))
         rows.append([label.shown, " ".join(label.heldout), len(a.pooled(name, "hack", label.heldout)), *cells])
-    headers = ("label", "held out", "n", *METRICS, *(f"known {m}" for m in METRICS), "hack − none", "hack − random")
+    minus = ("hack − none", "hack − random", "hack − coin")
+    headers = ("label", "held out", "n", *METRICS, *(f"known {m}" for m in METRICS), *minus)
     return table("Held-out modes, deployed", headers, rows) if rows else None
 
 
@@ -172,6 +175,6 @@ def scales(a: Analysis) -> str | None:
 
 
 TABLES: tuple[Callable[[Analysis], str | None], ...] = (
-    verdicts, training, deployed, against_none, against_random, by_mode, held_out, gradient, detector,
+    verdicts, training, deployed, against_none, against_random, against_coin, by_mode, held_out, gradient, detector,
     relearning, scales,
 )  # fmt: skip
