@@ -77,9 +77,9 @@ ROWS: dict[str, Row] = {
             "rebound_mul", "rebound_mul_random", "rebound_add", "rebound_add_random", "penalty", "screening",
         ),
         Row("random_V", "random_V", n_seeds=10),
-        *variants("penalty", ("dose 1", ("--penalty=1",)), ("acc .9", ("--monitor-accuracy=0.9",)),
-                  ("acc .7", ("--monitor-accuracy=0.7",))),
-        *variants("screening", ("acc .9", ("--monitor-accuracy=0.9",)), ("acc .7", ("--monitor-accuracy=0.7",))),
+        *(Row(f"{arm} {suffix}", arm, (flag,), 3) for arm, suffix, flag in (
+            ("penalty", "dose 1", "--penalty=1"),
+            *((arm, f"acc .{x}", f"--monitor-accuracy=0.{x}") for arm in ("penalty", "screening") for x in (9, 7)))),
         *(Row(f"{arm} out {mode}", arm, known(*others(mode))) for mode in MODES
           for arm in (*BEST, *COMBINED, "gate_act_punish_random")),
         *(Row(f"gate_act_punish found out {mode}", "gate_act_punish", (*known(*others(mode)), "--refresh-pairs=both"))
