@@ -84,6 +84,8 @@ ROWS: dict[str, Row] = {
           for arm in (*BEST, *COMBINED, "gate_act_punish_random")),
         *(Row(f"gate_act_punish found out {mode}", "gate_act_punish", (*known(*others(mode)), "--refresh-pairs=both"))
           for mode in MODES),
+        *(Row(f"{arm} sd .5 out {mode}", arm, (*known(*others(mode)), "--threshold-sd=0.5"))
+          for arm in ("gate_act_punish", "gate_act_punish_erase") for mode in MODES),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
         *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random")),
         *(
@@ -137,8 +139,8 @@ STUDY_ROWS = (
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
         ("none", "random_V", "coinflip", "gate_act_punish_coin", *(f"{arm} out {mode}" for arm in (
-            "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found")
-            for mode in MODES)), 3,
+            "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found",
+            "gate_act_punish sd .5", "gate_act_punish_erase sd .5") for mode in MODES)), 3,
     ),
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",
