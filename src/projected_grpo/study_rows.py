@@ -86,6 +86,9 @@ ROWS: dict[str, Row] = {
           for mode in MODES),
         *(Row(f"{arm} sd .5 out {mode}", arm, (*known(*others(mode)), "--threshold-sd=0.5"))
           for arm in ("gate_act_punish", "gate_act_punish_erase") for mode in MODES),
+        *(Row(f"{arm} sd .5", arm, ("--threshold-sd=0.5",)) for arm in (
+            "gate_act_punish", "gate_act_punish_random", "gate_act_punish_coin")),
+        Row("gate_act_punish sd .5 3x", "gate_act_punish", ("--threshold-sd=0.5", "--steps=150")),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
         *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random")),
         *(
@@ -122,7 +125,8 @@ STUDY_ROWS = (
         "headline", "H1: erase cuts hack by 30 points at solve within 10 points of none, and beats random_V",
         "H1, and which arm is best without an oracle", "supported, falsified or undecided by the rule of docs/spec.md",
         ("none", "erase", "random_V", "gate_act_punish", "gate_act", "gate_drop", "route", "gate_act_punish_random",
-         "gate_act_random", "gate_random", "random_V_route"),
+         "gate_act_random", "gate_random", "random_V_route", "gate_act_punish sd .5", "gate_act_punish_random sd .5",
+         "gate_act_punish_coin sd .5"),
     ),
     StudyRow(
         "controls", "no control basis, no smaller step and no random choice of rollouts lowers hack as the real V does",
@@ -133,7 +137,8 @@ STUDY_ROWS = (
     StudyRow(
         "horizon", "what an arm prevents at 50 steps it has only delayed at 150",
         "prevention or delay", "onset, peak and endpoint at three times the horizon",
-        ("none 3x", "gate_act_punish 3x", "erase 3x", "gate_act 3x", "random_V 3x", "gate_act_punish_random 3x"), 3,
+        ("none 3x", "gate_act_punish 3x", "erase 3x", "gate_act 3x", "random_V 3x", "gate_act_punish_random 3x",
+         "gate_act_punish sd .5 3x"), 3,
     ),
     StudyRow(
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
