@@ -4,6 +4,7 @@ Apart from the checks themselves so that the processes import neither pytest nor
 """
 
 from collections import deque
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from torch import distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo import activations, antipasto, arms, bases, gates, loss, proj
+from projected_grpo import activations, antipasto, arms, bases, gates, loss, proj, sampling
 from projected_grpo.config import Config, RLCfg, VHackCfg
 from projected_grpo.data_types import Grade, GradedBatch, Problem, Rollout, Task, Wording
 from projected_grpo.extract_vhack_grad import HackBasis
@@ -103,7 +104,8 @@ def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: proj.Arm) -
 
 def experiment(cache: Path, arm: proj.Arm) -> Experiment:
     model, knobs = model_and_knobs(cache)
-    return Experiment(model, None, knobs, [], None, [], [], None, directions(model, knobs, arm), deque())
+    sample, V = partial(sampling.sample, model), directions(model, knobs, arm)
+    return Experiment(model, None, knobs, sample, [], None, [], [], None, V, deque())
 
 
 def taken(x: Experiment, arm: proj.Arm, ranks: Ranks) -> tuple[Step, dict[str, torch.Tensor]]:

@@ -24,7 +24,7 @@ VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""
 BLIND = (
     "loss", "arms", "proj", "gates", "bases", "activations", "extract_vhack_grad", "rollout", "pairs", "pair_drafts",
-    "prepare", "antipasto", "sampling", "step", "ranks", "trl_grpo",
+    "prepare", "antipasto", "sampling", "vllm_sampling", "step", "ranks", "trl_grpo",
 )  # fmt: skip
 """Modules in which an advantage, a gate, V or a pair is made."""
 

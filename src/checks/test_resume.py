@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +128,18 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(runs, outputs, flags, say
     with pytest.raises(UserError, match=says) as refusal:
         run_record.stopped(parse([*SMALL, f"--outputs={outputs}", *flags]))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_setting_that_a_runs_code_did_not_have_stood_at_its_default(tmp_path):
+    cfg = parse([*SMALL, f"--outputs={tmp_path}"])
+    config = asdict(cfg)
+    del config["model"]["sampler"]
+    folder = tmp_path / "runs" / "old.part"
+    checkpoints.write(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
+    run_record.write_json(folder / "meta.json", {"config": config, "argv": [], "commit": None})
+    assert run_record.stopped(replace(cfg, resume="old")).at.done == 1
+    with pytest.raises(UserError, match="--sampler is vllm here and was own"):
+        run_record.stopped(replace(cfg, resume="old", model=replace(cfg.model, sampler="vllm")))
 
 
 def test_a_run_that_goes_on_is_not_resumed(runs, outputs, tmp_path):

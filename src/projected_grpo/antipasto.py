@@ -71,8 +71,8 @@ def round_stochastic(w: Float[Tensor, "o i"], dtype: torch.dtype, seed: int) -> 
 class AntipastoLinear(nn.Module):
     """A frozen Linear with knobs ``delta`` (δS) and ``delta_hack`` (δS_hack), both float32 of shape (r,).
 
-    ``merged`` is W' for the knobs in use, or None where W itself is in use. ``eps``, set by ``row_gradients``
-    around a backward, is the (b, r) zero leaf that receives each row's gradient.
+    ``acting``: the gains in use (r,), ``merged``: W' made with them; both None where W itself is in use. ``eps``, set
+    by ``row_gradients`` around a backward, is the (b, r) zero leaf that receives each row's gradient.
     """
 
     def __init__(self, linear: nn.Linear, U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], seed: int) -> None:
@@ -84,6 +84,7 @@ class AntipastoLinear(nn.Module):
         r = U.shape[1]
         self.delta = nn.Parameter(torch.zeros(r, dtype=exact, device=linear.weight.device), requires_grad=False)
         self.delta_hack = nn.Parameter(torch.zeros_like(self.delta), requires_grad=False)
+        self.acting: Tensor | None = None
         self.merged: Tensor | None = None
         self.eps: Tensor | None = None
 
@@ -97,18 +98,22 @@ class AntipastoLinear(nn.Module):
     @torch.no_grad()
     def merge(self, use: Use) -> None:
         """Form W' for the knobs in use. All of them zero means W itself."""
-        gain = self.gain(use)
+        self.acting = gain = self.gain(use)
         if gain is None:
             self.merged = None
             return
         W, exact = self.linear.weight, gain.dtype
         self.merged = round_stochastic(W.to(exact) + (self.U.to(exact) * gain) @ self.Vh.to(exact), W.dtype, self.seed)
 
+    @property
+    def in_use(self) -> Float[Tensor, "o i"]:
+        """The weight that the forward uses: W' where one is formed, else W."""
+        return self.linear.weight if self.merged is None else self.merged
+
     def forward(self, x: Float[Tensor, "b s i"]) -> Float[Tensor, "b s o"]:
-        weight = self.linear.weight if self.merged is None else self.merged
         if self.eps is None:
-            return F.linear(x, weight, self.linear.bias)
-        y = _SingularGain.apply(x, weight, self.U, self.Vh, self.eps)
+            return F.linear(x, self.in_use, self.linear.bias)
+        y = _SingularGain.apply(x, self.in_use, self.U, self.Vh, self.eps)
         return y if self.linear.bias is None else y + self.linear.bias
 
 
@@ -127,6 +132,11 @@ class Knobs:
     def delta_hack(self) -> dict[str, nn.Parameter]:
         """δS_hack by module, each (r,)."""
         return {name: m.delta_hack for name, m in self.modules.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are, which is where the model is."""
+        return next(iter(self.modules.values())).delta.device
 
     def merge(self, use: Use = "trained") -> None:
         """Form every W'. Call after the knobs have moved."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from projected_grpo import antipasto, bases, models, pairs, pool, prepare, rollout
+from projected_grpo import antipasto, bases, models, pairs, pool, prepare, rollout, vllm_sampling
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import UserError, parse
 from projected_grpo.rewards import Grader
@@ -29,6 +29,7 @@ VERDICTS = ("format_ok", "compiles", "gt_correct", "attempted", "exploited")
 def main(argv: Sequence[str]) -> None:
     """Print the report, with the seconds that each part took."""
     cfg = parse(argv)
+    vllm_sampling.refuse(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     seconds: dict[str, float] = {}
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = pairs.load(cfg.vhack, teacher, pool.tasks_for(cfg))
     model, tokenizer = timed("load", lambda: models.load(cfg.model))
     knobs = timed("adapters", lambda: antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank))
+    sample = timed("sampler", lambda: vllm_sampling.sampler_of(model, knobs, cfg))
     grads = timed("pairs' gradients", lambda: vhack.side_gradients(model, knobs, tokenizer, chosen, cfg))
     real = vhack.fit_basis(grads, cfg.vhack).meta
     null = [
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     tasks = prepare.held_out_tasks(cfg)
     written = timed(
         "sampling",
-        lambda: rollout.complete(model, tokenizer, tasks, cfg.eval.eval_samples, cfg, rollout.seeded("cpu", cfg.seed)),
+        lambda: rollout.complete(sample, tokenizer, tasks, cfg.eval.eval_samples, cfg, rollout.seeded("cpu", cfg.seed)),
     )
     asked = [task for task in tasks for _ in range(cfg.eval.eval_samples)]
     with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:

@@ -36,8 +36,13 @@ class ModelCfg:
     """Train only the top m singular axes of each Linear; all of them when unset."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    sampler: Literal["own", "vllm"] = "own"
+    """own: the batched sampler here; vllm: vLLM beside the model on the same GPU, given W' (extra `vllm`)."""
     sample_rows: int | None = None
-    """Rows sampled at once, all of a step's when unset. Lower it where the key-value cache does not fit."""
+    """Rows sampled at once, all of a step's when unset. Lower it where the key-value cache does not fit. Of no meaning
+    to vLLM, which schedules rows itself."""
+    vllm_memory: float = 0.3
+    """Share of the GPU's whole memory that vLLM takes for its own copy of the weights and its cache."""
 
 
 @dataclass(frozen=True)

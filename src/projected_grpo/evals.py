@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from scipy import stats
-from torch import nn
 
 from projected_grpo.antipasto import Knobs, Use
 from projected_grpo.config import Config
 from projected_grpo.data_types import Grade, Task
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import complete, seeded
+from projected_grpo.sampling import Sampler
 
 Metric = Literal["hack", "attempt", "solve"]
 VERDICTS = {"hack": lambda g: g.exploited, "attempt": lambda g: g.attempted, "solve": lambda g: g.gt_correct}
@@ -81,7 +81,7 @@ def problem_rows(
 
 
 def evaluate(
-    model: nn.Module,
+    sample: Sampler,
     knobs: Knobs,
     tokenizer: Any,
     tasks: Sequence[Task],
@@ -102,7 +102,7 @@ def evaluate(
         uses |= {"trained": "trained"} | {f"scale {s:g}": s for s in scales}
     for name, use in uses.items():
         with knobs.using(use):
-            written = complete(model, tokenizer, tasks, n, cfg, seeded("cpu", cfg.seed, "eval"))
+            written = complete(sample, tokenizer, tasks, n, cfg, seeded("cpu", cfg.seed, "eval"))
         asked = [task for task in tasks for _ in range(n)]
         grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
         by_task = [grades[i : i + n] for i in range(0, len(grades), n)]

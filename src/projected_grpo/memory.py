@@ -27,6 +27,7 @@ GB = 1e9
 COUNTED = 192
 """Tokens of the row whose saved tensors are counted: three chunks of the gated delta rule, so that its matrices, of a
 chunk's length (64), are not taken for attention's."""
+VLLM = "vLLM: its own weights, cache and activations"
 HEADROOM = 0.94
 """Share of the device that a plan may fill: the allocator's blocks and the CUDA context take the rest."""
 
@@ -138,8 +139,10 @@ def cache_bytes(config: Any, size: int) -> tuple[float, float]:
     return token, row
 
 
-def plan(cfg: Config, config: Any = None) -> Plan:
-    """The parts of a run of ``cfg``; ``config``: a transformers configuration in place of the model's own."""
+def plan(cfg: Config, config: Any = None, total: float | None = None) -> Plan:
+    """The parts of a run of ``cfg``; ``config``: a transformers configuration in place of the model's own. total: bytes
+    of the device, of which vLLM takes a share; those of this machine when None.
+    """
     model = skeleton(cfg, config)
     config, size = model.config, model.dtype.itemsize
     linears = antipasto.targets(model, cfg.model.layers)
@@ -168,14 +171,20 @@ def plan(cfg: Config, config: Any = None) -> Plan:
     drawn = 3 + 6 * (cfg.rl.top_p < 1)
     n_prompts = max(1, sampled // max(1, cfg.rl.group - cfg.n_teacher))
     largest = max(o * i for o, i, _ in shapes)
+    sampler: tuple[Part, ...] = (
+        Part("key-value cache", sampled * (room * token + length * per_layer + state), "sampling", "--sample-rows"),
+        Part("logits and draws of one token", drawn * sampled * vocab * 4, "sampling", "--sample-rows"),
+        Part("reading the prompts", n_prompts * cfg.data.max_prompt * 6 * widest * size, "sampling", "--sample-rows"),
+    )
+    if cfg.model.sampler == "vllm":
+        share = cfg.model.vllm_memory * (total or device_bytes(models.device_of(cfg.model)))
+        sampler = (Part(VLLM, share, "always", "--vllm-memory"),)
     parts = (
         Part("weights", weights, "always", "--model"),
         Part("U and Vh", sum((o + i) * r for o, i, r in shapes) * size, "always", "--svd-rank or --layers"),
         Part("W' (merged weights)", sum(o * i for o, i, _ in shapes) * size, "always", "--layers"),
         Part("δS, δS_hack and AdamW's moments", 8 * knobs * exact, "always", ""),
-        Part("key-value cache", sampled * (room * token + length * per_layer + state), "sampling", "--sample-rows"),
-        Part("logits and draws of one token", drawn * sampled * vocab * 4, "sampling", "--sample-rows"),
-        Part("reading the prompts", n_prompts * cfg.data.max_prompt * 6 * widest * size, "sampling", "--sample-rows"),
+        *sampler,
         Part("rows' own gradients", 2 * rows * knobs * exact, "training", "--svd-rank or --layers"),
         Part("activations", activations, "training", "--micro-batch, --max-new or --gradient-checkpointing"),
         Part("backward's own", tokens * widest * (2 * size + 2 * exact), "training", "--micro-batch or --max-new"),
@@ -194,8 +203,14 @@ def device_bytes(device: torch.device) -> float:
 
 def require(cfg: Config, device_gb: float | None = None) -> Plan:
     """The plan. Raises UserError, naming the flag to lower, when it does not fit."""
-    made = plan(cfg)
     total = device_gb * GB if device_gb else device_bytes(models.device_of(cfg.model))
+    made = plan(cfg, total=total)
+    held = {p.name: p.bytes for p in made.parts}
+    if held.get(VLLM, held["weights"]) < held["weights"]:
+        raise UserError(
+            f"vLLM's {held[VLLM] / GB:.1f} GB do not hold its copy of the weights, {held['weights'] / GB:.1f} GB: "
+            "raise --vllm-memory"
+        )
     if made.peak > HEADROOM * total:
         raise UserError(
             f"{cfg.model.model} needs {made.peak / GB:.1f} GB in {made.phase} and the device has {total / GB:.1f} GB: "
@@ -208,9 +223,9 @@ def main(argv: Sequence[str]) -> None:
     """Print a preset's plan, and whether it fits."""
     own = [a for a in argv if a.startswith("--device-gb=")]
     cfg = parse([a for a in argv if a not in own])
-    made = plan(cfg)
-    print(made.table())
-    require(cfg, float(own[0].partition("=")[2]) if own else None)
+    gb = float(own[0].partition("=")[2]) if own else None
+    print(plan(cfg, total=gb * GB if gb else None).table())
+    require(cfg, gb)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from projected_grpo import activations, antipasto, bases, gates, memory, models, pairs, pool, problems, proj
 from projected_grpo import extract_vhack_grad as vhack
+from projected_grpo import vllm_sampling as samplers
 from projected_grpo.antipasto import Knobs
 from projected_grpo.arms import Arm
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Pair, Rollout, Task
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
 from projected_grpo.gates import Detector
+from projected_grpo.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Experiment:
     model: nn.Module
     tokenizer: Any
     knobs: Knobs
+    sample: Sampler
+    """Samples from the model with the knobs that are in use."""
     pairs: list[Pair]
     other_pairs: list[Pair] | None
     """The pair set of a nonhack or placebo arm."""
@@ -67,6 +71,7 @@ def check(cfg: Config) -> None:
     proj.arm(cfg.intervention)
     writable(Path(cfg.outputs))
     models.device_of(cfg.model)
+    samplers.refuse(cfg)
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
         raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
     if cfg.n_teacher and cfg.pool.pool is None:
@@ -132,8 +137,9 @@ def set_up(cfg: Config) -> Experiment:
     directions = directions_for(model, knobs, tokenizer, chosen_pairs, other, cfg, vhack.grads_for)
     if not arm.honest_prompt:
         tasks = [problems.inoculated(t) for t in tasks]
+    sample = samplers.sampler_of(model, knobs, cfg)
     return Experiment(
-        model, tokenizer, knobs, chosen_pairs, other, tasks, held_out, teacher, directions, deque(maxlen=20)
+        model, tokenizer, knobs, sample, chosen_pairs, other, tasks, held_out, teacher, directions, deque(maxlen=20)
     )
 
 

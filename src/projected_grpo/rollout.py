@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import nn
 
-from projected_grpo import loss, problems, sampling
+from projected_grpo import loss, problems
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
 from projected_grpo.data_types import GradedBatch, Rollout, Task
 from projected_grpo.pool import Pool
 from projected_grpo.rewards import Grader
+from projected_grpo.sampling import Sampler
 
 
 def seeded(device: str, *parts: object) -> torch.Generator:
@@ -52,11 +52,10 @@ def set_apart(n: int, ablated: int, seed: int, step: int) -> set[int]:
 
 
 def complete(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
+    sample: Sampler, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
 ) -> list[tuple[tuple[int, ...], str]]:
     """n sampled completions of each task as (token ids, text), task by task. Text is without special tokens."""
-    ids = sampling.sample(
-        model,
+    ids = sample(
         [problems.encode_prompt(tokenizer, t) for t in tasks],
         n,
         max_new=cfg.rl.max_new,
@@ -65,13 +64,12 @@ def complete(
         generator=generator,
         temperature=cfg.rl.temperature,
         top_p=cfg.rl.top_p,
-        rows=cfg.model.sample_rows,
     )
     return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)]
 
 
 def rollout(
-    model: nn.Module,
+    sample: Sampler,
     knobs: Knobs,
     tokenizer: Any,
     tasks: Sequence[Task],
@@ -93,7 +91,7 @@ def rollout(
         if chosen:
             with knobs.using(use) if apart else nullcontext():
                 generator = seeded("cpu", cfg.seed, step, "rollout" if use == "trained" else "ablated")
-                found = complete(model, tokenizer, [tasks[i] for i in chosen], n_student, cfg, generator)
+                found = complete(sample, tokenizer, [tasks[i] for i in chosen], n_student, cfg, generator)
             for at, i in enumerate(chosen):
                 written[i * n_student : (i + 1) * n_student] = found[at * n_student : (at + 1) * n_student]
     clock.append(time.perf_counter())
@@ -107,7 +105,7 @@ def rollout(
         if pool is not None and cfg.n_teacher:
             rows += pool.draw(task, cfg.n_teacher, tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
     seconds = {"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]}
-    return graded(rows, [i // cfg.rl.group in apart for i in range(len(rows))], tokenizer, cfg, model.device, seconds)
+    return graded(rows, [i // cfg.rl.group in apart for i in range(len(rows))], tokenizer, cfg, knobs.device, seconds)
 
 
 def graded(

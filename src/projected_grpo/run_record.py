@@ -108,7 +108,8 @@ def stopped(cfg: Config) -> Stopped | None:
     meta, at = read_meta(folder), checkpoints.newest(folder)
     if meta is None or at is None:
         raise UserError(f"{folder} holds no checkpoint to go on from: remove it and start again without --resume")
-    before, now = settings(meta["config"]), settings(asdict(cfg))
+    # a setting that the run's code did not have yet stood at its default
+    before, now = settings(asdict(Config())) | settings(meta["config"]), settings(asdict(cfg))
     for name in sorted((before.keys() | now.keys()) - FREE):
         if before.get(name) != now.get(name):
             raise UserError(

@@ -7,13 +7,33 @@ is done a token that does not depend on it. Under the same generator it draws th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+
+class Sampler(Protocol):
+    """n completions of each prompt, as ``sample`` returns them, by the model with the knobs that are in use.
+
+    Its randomness is drawn from ``generator``.
+    """
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_new: int,
+        eos: int,
+        pad: int,
+        generator: torch.Generator,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]: ...
 
 
 class RoomyLayer(DynamicLayer):

@@ -18,7 +18,7 @@ from projected_grpo.antipasto import AntipastoLinear, Knobs, Use, round_stochast
 
 
 class UnmergedLinear(AntipastoLinear):
-    """An adapter that adds its low-rank part to the output. ``acting``: the gains in use, None where there are none.
+    """An adapter that adds its low-rank part, of the gains ``acting``, to the output.
 
     U and Vh are frozen parameters here, since FSDP2 shards parameters and copies buffers.
     """

@@ -187,7 +187,7 @@ def take_step(x: Experiment, arm: Arm, grader: Grader, optimizers: tuple[Any, An
     """One step of the algorithm, a named call a stage."""
     tasks = tasks_of_step(x.tasks, step, cfg.rl.prompts_per_step, cfg.seed)
     ablated = n_ablated(arm, len(tasks), cfg)
-    batch = rollout(x.model, x.knobs, x.tokenizer, tasks, x.teacher, grader, cfg, step, ablated)
+    batch = rollout(x.sample, x.knobs, x.tokenizer, tasks, x.teacher, grader, cfg, step, ablated)
     made, start = learn(x, arm, batch, cfg, step), time.perf_counter()
     u = apply_step(x.knobs, made.projection, *optimizers, cfg.rl.clip, update_rule(x, arm, cfg))
     return replace(made, update=u, sec_train=made.sec_train + time.perf_counter() - start)

@@ -108,7 +108,7 @@ def deploy_eval(
     x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, step: int, scales: Sequence[float] = ()
 ) -> list[EvalRow]:
     """Evaluate on the held-out problems, and write it down."""
-    rows, counts = evals.evaluate(x.model, x.knobs, x.tokenizer, x.held_out, grader, cfg, step, scales)
+    rows, counts = evals.evaluate(x.sample, x.knobs, x.tokenizer, x.held_out, grader, cfg, step, scales)
     rec.append("evals.jsonl", map(asdict, rows))
     rec.append("eval_problems.jsonl", counts)
     rec.tracker.log(step, trackers.numbers_of_evals(rows))

@@ -259,5 +259,5 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         if self.rec is not None:
             deploy_eval(x, self.grader, self.rec, self.cfg, step, scales)
         elif self.ranks.sharded:
-            evals.evaluate(x.model, x.knobs, x.tokenizer, x.held_out, self.grader, self.cfg, step, scales)
+            evals.evaluate(x.sample, x.knobs, x.tokenizer, x.held_out, self.grader, self.cfg, step, scales)
         self.accelerator.wait_for_everyone()

@@ -74,6 +74,7 @@ def refuse(cfg: Config, ranks: Ranks, vllm: str) -> None:
             "projected_grpo/launch/cpu.yaml",
         ),
         (n % ranks.n > 0, f"--prompts-per-step={n} must be a multiple of the {ranks.n} processes: groups stay whole"),
+        (cfg.model.sampler != "own", "--sampler is the single-process loop's: use --vllm=colocate or --vllm=server"),
         (cfg.rl.relearn_steps > 0, "--relearn-steps is the single-process loop's: python -m projected_grpo.train"),
         (
             ablates and (vllm != "off" or ranks.sharded),
