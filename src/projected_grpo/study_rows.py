@@ -86,6 +86,7 @@ ROWS: dict[str, Row] = {
           for mode in MODES),
         *(Row(f"{arm} sd .5 out {mode}", arm, (*known(*others(mode)), "--threshold-sd=0.5"))
           for arm in ("gate_act_punish", "gate_act_punish_erase") for mode in MODES),
+        *(Row(f"rebound_mul out {mode}", "rebound_mul", known(*others(mode))) for mode in MODES),
         *(Row(f"{arm} sd .5", arm, ("--threshold-sd=0.5",)) for arm in (
             "gate_act_punish", "gate_act_punish_random", "gate_act_punish_coin")),
         Row("gate_act_punish sd .5 3x", "gate_act_punish", ("--threshold-sd=0.5", "--steps=150")),
@@ -145,7 +146,8 @@ STUDY_ROWS = (
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
         ("none", "random_V", "coinflip", "gate_act_punish_coin", *(f"{arm} out {mode}" for arm in (
             "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found",
-            "gate_act_punish sd .5", "gate_act_punish_erase sd .5") for mode in MODES)), 3,
+            "gate_act_punish sd .5", "gate_act_punish_erase sd .5", "rebound_mul")
+            for mode in MODES)), 3,
     ),
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",
