@@ -7,7 +7,7 @@ is done a token that does not depend on it. Under the same generator it draws th
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """n completions of each prompt, as ``sample`` returns them, by the model with the knobs that are in use.
 

@@ -90,7 +90,7 @@ def engine(model: nn.Module, cfg: Config) -> Any:
         raise UserError(f"vLLM did not start (see --vllm-memory, or use --sampler=own): {reason}") from error
 
 
-def load(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+def load(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy weights, under the names of our text model, into the engine's model; fused parameters in part.
 
     Where the checkpoint is a vision-language model's, so are the names that the engine takes.
