@@ -87,8 +87,9 @@ ROWS: dict[str, Row] = {
         *(Row(f"{arm} sd .5 out {mode}", arm, (*known(*others(mode)), "--threshold-sd=0.5"))
           for arm in ("gate_act_punish", "gate_act_punish_erase") for mode in MODES),
         *(Row(f"rebound_mul out {mode}", "rebound_mul", known(*others(mode))) for mode in MODES),
-        *(Row(f"{arm} sd .5", arm, ("--threshold-sd=0.5",)) for arm in (
-            "gate_act_punish", "gate_act_punish_random", "gate_act_punish_coin")),
+        *(Row(f"{arm} sd .5", arm, ("--threshold-sd=0.5",), 10) for arm in (
+            "gate_act_punish", "gate_act_punish_random")),
+        Row("gate_act_punish_coin sd .5", "gate_act_punish_coin", ("--threshold-sd=0.5",)),
         Row("gate_act_punish sd .5 3x", "gate_act_punish", ("--threshold-sd=0.5", "--steps=150")),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
         *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random")),
