@@ -74,9 +74,9 @@ ROWS: dict[str, Row] = {
             "gate_act_punish_random", "gate_act_punish_coin", "gate_either_punish", "gate_either_punish_random",
             "gate_act_punish_erase", "gate_act_punish_erase_random", "gate_route_random",
             "gate_route_reversed", "trusted", "absorb", "inoculation",
-            "rebound_mul", "rebound_mul_random", "rebound_add", "rebound_add_random", "penalty", "screening",
+            "rebound_add", "rebound_add_random", "penalty", "screening",
         ),
-        Row("random_V", "random_V", n_seeds=10),
+        *(Row(arm, arm, n_seeds=10) for arm in ("random_V", "rebound_mul", "rebound_mul_random")),
         *(Row(f"{arm} {suffix}", arm, (flag,), 3) for arm, suffix, flag in (
             ("penalty", "dose 1", "--penalty=1"),
             *((arm, f"acc .{x}", f"--monitor-accuracy=0.{x}") for arm in ("penalty", "screening") for x in (9, 7)))),
