@@ -33,6 +33,8 @@ WIDTH, HEIGHT = 350, 236
 BIG = 1.6, 1.2
 """How much wider and higher a big panel is where there is room; its text is as large as that of the others."""
 PAPER = 0.72
+CHARACTERS = 52
+"""Of a legend, in a panel's width."""
 RC = {
     "font.size": 12.0, "axes.titlesize": 12.5, "axes.labelsize": 12.0, "xtick.labelsize": 12.0, "ytick.labelsize": 12.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8a8a", "axes.linewidth": 0.8,
@@ -188,7 +190,10 @@ def paper(figure: Figure, study: str, to: Path) -> list[Path]:
     down = -(-n // across)
     wider, higher = BIG if figure.panels[0].big else (1, 1)
     width, height = across * WIDTH * wider, down * figure.panels[0].height * higher
-    size = (width * PAPER / 72, height * PAPER / 72 + 0.4 * bool(figure.legend))
+    longest = max((len(name) for name, _ in figure.legend), default=0) + 6  # with its line
+    columns = max(1, min(4, len(figure.legend), int(CHARACTERS * across * wider) // longest))
+    rows = -(-len(figure.legend) // columns)
+    size = (width * PAPER / 72, height * PAPER / 72 + 0.2 * rows + 0.2 * bool(rows))
     with look(PAPER):
         drawn, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
         for ax, panel in zip(axes.flat, figure.panels, strict=False):
@@ -198,7 +203,7 @@ def paper(figure: Figure, study: str, to: Path) -> list[Path]:
             ax.axis("off")
         if figure.legend:
             handles = [Line2D([], [], label=name, **style) for name, style in figure.legend]
-            drawn.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+            drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
         to.mkdir(parents=True, exist_ok=True)
         paths = [to / f"{study}-{figure.name}.{kind}" for kind in ("png", "svg", "txt")]
         for path in paths[:2]:

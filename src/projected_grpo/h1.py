@@ -8,6 +8,9 @@ from scipy import stats as scipy_stats
 
 from projected_grpo.stats import Interval, array, paired_t
 
+MIN_SEEDS = 5
+"""Seeds that the protocol asks for (docs/spec.md)."""
+
 
 @dataclass(frozen=True)
 class H1:
@@ -33,7 +36,7 @@ def h1_verdict(
     solve_none: ArrayLike,
     solve: ArrayLike,
     over_control: Interval | None,
-    min_seeds: int = 5,
+    min_seeds: int = MIN_SEEDS,
 ) -> H1:
     """H1 by its preregistered rule, on seed-paired rates (index i is one seed in all four).
 

@@ -20,18 +20,24 @@ from projected_grpo.comparison_tables import (
     table,
     tossed_of,
 )
+from projected_grpo.h1 import MIN_SEEDS
 from projected_grpo.run_tables import PHASES, PROBE
 
 
 def verdicts(a: Analysis) -> str | None:
     """H1 by its preregistered rule, for each arm that has a random control, on both measures of the protocol."""
-    lines = []
+    lines, too_few = [], []
     for label, none in a.candidates():
         for kind, where in (("deploy_", "deployed"), ("", "end of training")):
-            if found := a.h1(label, none, kind):
+            found = a.h1(label, none, kind)
+            if found and found.cut.n < MIN_SEEDS:
+                too_few.append(label.name)
+            elif found:
                 lines.append(
                     f"- **H1, {label.name}, {where}: {found.verdict}**{str(found).removeprefix(found.verdict)}"
                 )
+    if too_few:
+        lines.append(f"- H1 needs {MIN_SEEDS} seeds and has fewer in {len(set(too_few))} labels: not asked there.")
     return "\n".join(lines) or None
 
 
