@@ -126,6 +126,9 @@ def test_rows_are_complete_and_controls_exist(name):
     assert arm.math
     assert arm.H
     assert arm.source
+    if arm.coin is not None:
+        assert ARMS[arm.coin].rows in ("coin", "count", "punish_count")
+        assert ARMS[arm.coin].reward == arm.reward
     if arm.control is not None:
         control = ARMS[arm.control]
         assert control.basis in ("random", "shuffled")

@@ -78,11 +78,15 @@ def test_every_rule_is_checked():
     assert {arm.rows for arm in proj.ARMS.values()} <= set(gates.RULES)
 
 
-@given(
+two_groups = given(
     st.lists(st.sampled_from([0.0, 0.5, 3.5]), min_size=8, max_size=8),
     st.lists(st.booleans(), min_size=8, max_size=8),
     st.integers(0, 99),
 )
+"""Rewards and flags of eight rows, and a seed."""
+
+
+@two_groups
 def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
     s = seen(rewards, flagged, seed=seed)
     drop, count = (gates.RULES[rule](s)[0] for rule in ("drop", "count"))
@@ -90,11 +94,7 @@ def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
     assert (s.A[count == 0] > 0).all()
 
 
-@given(
-    st.lists(st.sampled_from([0.0, 0.5, 3.5]), min_size=8, max_size=8),
-    st.lists(st.booleans(), min_size=8, max_size=8),
-    st.integers(0, 99),
-)
+@two_groups
 def test_punish_count_is_punish_on_as_many_rows_drawn_anew(rewards, flagged, seed):
     s = seen(rewards, flagged, seed=seed)
     got = gates.RULES["punish_count"](s)[0]

@@ -114,7 +114,7 @@ def light_problems(problems: Sequence[Problem]) -> list[Problem]:
     return found
 
 
-def bench(problems: Sequence[Problem], repeats: int = 4, batches: int = 12) -> bool:
+def bench(problems: Sequence[Problem], repeats: int = 4, batches: int = 3) -> bool:
     """Print the table of costs; whether the targets hold. The best of some interleaved repeats counts."""
     light = light_problems(problems)
     jobs = [strict_job(p, p.canonical) for p in light] * batches

@@ -128,7 +128,7 @@ STUDY_ROWS = (
         "H1, and which arm is best without an oracle", "supported, falsified or undecided by the rule of docs/spec.md",
         ("none", "erase", "random_V", "gate_act_punish", "gate_act", "gate_drop", "route", "gate_act_punish_random",
          "gate_act_random", "gate_random", "random_V_route", "gate_act_punish sd .5", "gate_act_punish_random sd .5",
-         "gate_act_punish_coin sd .5"),
+         "gate_act_punish_coin sd .5", "coinflip", "gate_coin", "gate_act_punish_coin"),
     ),
     StudyRow(
         "controls", "no control basis, no smaller step and no random choice of rollouts lowers hack as the real V does",
