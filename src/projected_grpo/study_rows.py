@@ -85,14 +85,17 @@ ROWS: dict[str, Row] = {
         *(Row(f"gate_act_punish found out {mode}", "gate_act_punish", (*known(*others(mode)), "--refresh-pairs=both"))
           for mode in MODES),
         *(Row(f"{arm} sd .5 out {mode}", arm, (*known(*others(mode)), "--threshold-sd=0.5"))
-          for arm in ("gate_act_punish", "gate_act_punish_erase") for mode in MODES),
+          for arm in ("gate_act_punish", "gate_act_punish_erase", "gate_act_punish_random") for mode in MODES),
         *(Row(f"rebound_mul out {mode}", "rebound_mul", known(*others(mode))) for mode in MODES),
         *(Row(f"{arm} sd .5", arm, ("--threshold-sd=0.5",), 10) for arm in (
             "gate_act_punish", "gate_act_punish_random")),
         Row("gate_act_punish_coin sd .5", "gate_act_punish_coin", ("--threshold-sd=0.5",)),
         Row("gate_act_punish sd .5 3x", "gate_act_punish", ("--threshold-sd=0.5", "--steps=150")),
+        *(Row(f"gate_act_punish sd .5 out {mode} 3x", "gate_act_punish",
+              (*known(*others(mode)), "--threshold-sd=0.5", "--steps=150")) for mode in MODES),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
-        *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random")),
+        *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random", "rebound_mul",
+                    "rebound_mul_random")),
         *(
             Row(f"{arm} mix {mix}", arm, (f"--mix-ratio={mix}", "--pool=outputs/pools/organism"))
             for arm in ("none", *BEST) for mix in ("0.125", "0.5")
@@ -140,15 +143,21 @@ STUDY_ROWS = (
         "horizon", "what an arm prevents at 50 steps it has only delayed at 150",
         "prevention or delay", "onset, peak and endpoint at three times the horizon",
         ("none 3x", "gate_act_punish 3x", "erase 3x", "gate_act 3x", "random_V 3x", "gate_act_punish_random 3x",
-         "gate_act_punish sd .5 3x"), 3,
+         "gate_act_punish sd .5 3x", "rebound_mul 3x", "rebound_mul_random 3x"), 3,
     ),
     StudyRow(
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
-        ("none", "random_V", "coinflip", "gate_act_punish_coin", *(f"{arm} out {mode}" for arm in (
+        ("none", "random_V", "coinflip", "gate_act_punish_coin", "gate_act_punish_coin sd .5",
+         *(f"{arm} out {mode}" for arm in (
             "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found",
-            "gate_act_punish sd .5", "gate_act_punish_erase sd .5", "rebound_mul")
+            "gate_act_punish sd .5", "gate_act_punish_random sd .5", "gate_act_punish_erase sd .5", "rebound_mul")
             for mode in MODES)), 3,
+    ),
+    StudyRow(
+        "leave_one_out_3x", "what a weak detector prevents on a mode it never saw it has only delayed at 150 steps",
+        "prevention or delay where it matters", "the left-out mode's hack rate at three times the horizon",
+        ("none 3x", "gate_act_punish_random 3x", *(f"gate_act_punish sd .5 out {mode} 3x" for mode in MODES)), 3,
     ),
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",
