@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -18,8 +19,10 @@ from mock_learner import MODES, Plant, job, study, write_lines, write_run
 from projected_grpo import (
     families,
     figures,
+    looks,
     loopholes,
     problems,
+    proj,
     report,
     report_data,
     report_html,
@@ -28,7 +31,7 @@ from projected_grpo import (
     rollout_table,
     summaries,
 )
-from projected_grpo.analysis import Analysis
+from projected_grpo.analysis import Analysis, Label
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Wording
 
@@ -269,6 +272,40 @@ def test_paper_figures_from_a_stored_summary(material, tmp_path):
     assert "95 %" in caption.read_text()
     first = svg.read_bytes()
     assert figures.paper(story, "planted", tmp_path / "figures")[1].read_bytes() == first
+
+
+def labels_as(*rows: tuple[str, str, str]) -> SimpleNamespace:
+    """What looks needs of an analysis. rows: (name, arm, known modes, all where empty)."""
+    labels = {}
+    for name, arm, known in rows:
+        heldout = tuple(m for m in MODES if known and m not in known.split())
+        flags = frozenset(("--known-modes", *known.split()) if known else ())
+        labels[name] = Label(name, arm, False, flags, MODES, heldout)
+    return SimpleNamespace(labels=labels)
+
+
+def test_folds_look_alike_and_controls_are_grey_beside_what_they_control():
+    out = {mode: " ".join(m for m in MODES if m != mode) for mode in MODES}
+    folds = labels_as(
+        ("none", "none", ""), ("random_V", "random_V", ""), ("erase", "erase", ""),
+        *((f"erase out {mode}", "erase", known) for mode, known in out.items()),
+    )  # fmt: skip
+    found = {family.name: family for family in looks.families(folds)}
+    assert list(found) == ["none", "random_V", "erase", "erase out"]
+    assert [label.name for label in found["erase out"].labels] == [f"erase out {mode}" for mode in MODES]
+    assert found["random_V"].style.color in looks.GREYS
+    assert len({family.style for family in found.values()}) == 4
+    # of two that leave out the same mode each has a look of its own, or a panel of that mode could not be read
+    single = labels_as(("none", "none", ""), *((f"erase only {mode}", "erase", mode) for mode in MODES))
+    assert len(looks.families(single)) == 1 + len(MODES)
+    alone = looks.families(labels_as(("none", "none", ""), ("random_V", "random_V", "")))
+    assert alone[1].style.color == looks.PALETTE[0]
+
+
+def test_forty_labels_have_forty_looks():
+    names = [name for name in proj.ARMS if name != "none"][:40]
+    found = looks.families(labels_as(("none", "none", ""), *((name, name, "") for name in names)))
+    assert len({family.style for family in found}) == 1 + len(names)
 
 
 # --- in the browser ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count
 Score = Literal["gradient", "fisher", "activation", "either"]
 Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
 
-BRIEF, METHOD = "this project", "control"
+BRIEF, CONTROL = "this project", "control"
 ROUTING = "after Gradient Routing 2410.04332, SGTM 2512.05648"
 REBOUND = "after Wu & Tang 2604.01476"
 BENCHMARK = "rl-rewardhacking (Ariahw, Engels & Nanda)"
@@ -46,11 +46,16 @@ class Arm:
         """Whether δS_hack is trained."""
         return self.act == "route" or self.rows in ("route", "route_low", "both")
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to be beaten."""
+        return self.source == CONTROL
+
 
 def _controls(act: Act, name: str, H: str) -> dict[str, Arm]:
     """erase or route with each control basis in V's place, k matched module by module."""
     return {
-        f"{basis}_V{name}": Arm(f"as {act}, V from {what}", METHOD, H, basis, act=act)
+        f"{basis}_V{name}": Arm(f"as {act}, V from {what}", CONTROL, H, basis, act=act)
         for basis, what in (
             ("random", "a random orthonormal draw, another for each seed"),
             ("shuffled", "the same pairs, labels of half of them swapped"),
@@ -73,15 +78,15 @@ ARMS: dict[str, Arm] = {
     **_controls("erase", "", "no less hack than none"),
     **_controls("route", "_route", "ablation alone does not lower hack"),
     "random_V_mass": Arm(
-        "as random_V, ‖removed‖ scaled to the real V's on the same gradient", METHOD,
+        "as random_V, ‖removed‖ scaled to the real V's on the same gradient", CONTROL,
         "no less hack than none at equal removed mass", "random", act="erase_mass",
     ),
     "shrink": Arm(
-        "g scaled by ‖kept‖/‖g‖ of erase on the same gradient", METHOD, "a smaller step alone does not lower hack",
+        "g scaled by ‖kept‖/‖g‖ of erase on the same gradient", CONTROL, "a smaller step alone does not lower hack",
         act="shrink",
     ),
     "coinflip": Arm(
-        "each rollout's gradient kept by a fair coin", METHOD, "fewer rollouts alone do not lower hack", rows="coin"
+        "each rollout's gradient kept by a fair coin", CONTROL, "fewer rollouts alone do not lower hack", rows="coin"
     ),
     "trusted": Arm(
         "δS descends VᵀV g, V the span of clean sides' gradients", "TDGA 2605.25189", "delays hacking",
@@ -93,10 +98,10 @@ ARMS: dict[str, Arm] = {
         coin="gate_coin",
     ),
     "gate_random": Arm(
-        "as gate_drop with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="drop"
+        "as gate_drop with a random V, calibrated alike", CONTROL, "no less hack than none", "random", rows="drop"
     ),
     "gate_coin": Arm(
-        "as many rollouts with A_i > 0 withheld as gate_drop's score would flag, at random", METHOD,
+        "as many rollouts with A_i > 0 withheld as gate_drop's score would flag, at random", CONTROL,
         "no less hack than none", rows="count",
     ),
     "gate_fisher": Arm(
@@ -104,7 +109,7 @@ ARMS: dict[str, Arm] = {
         rows="drop", score="fisher", control="gate_fisher_shuffled",
     ),
     "gate_fisher_shuffled": Arm(
-        "as gate_fisher, labels of half of the pairs swapped", METHOD, "no less hack than none", "shuffled",
+        "as gate_fisher, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
         rows="drop", score="fisher",
     ),
     "gate_act": Arm(
@@ -112,10 +117,10 @@ ARMS: dict[str, Arm] = {
         "activations detect as well as gradients", rows="drop", score="activation", control="gate_act_random",
     ),
     "gate_act_random": Arm(
-        "as gate_act, w random", METHOD, "no less hack than none", "random", rows="drop", score="activation"
+        "as gate_act, w random", CONTROL, "no less hack than none", "random", rows="drop", score="activation"
     ),
     "gate_act_shuffled": Arm(
-        "as gate_act, labels of half of the pairs swapped", METHOD, "no less hack than none", "shuffled",
+        "as gate_act, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
         rows="drop", score="activation",
     ),
     "gate_act_screen": Arm(
@@ -124,7 +129,7 @@ ARMS: dict[str, Arm] = {
         control="gate_act_screen_random",
     ),
     "gate_act_screen_random": Arm(
-        "as gate_act_screen, w random", METHOD, "no less hack than none", "random", rows="screen",
+        "as gate_act_screen, w random", CONTROL, "no less hack than none", "random", rows="screen",
         score="activation",
     ),
     "gate_act_punish": Arm(
@@ -132,11 +137,11 @@ ARMS: dict[str, Arm] = {
         score="activation", control="gate_act_punish_random", coin="gate_act_punish_coin",
     ),
     "gate_act_punish_random": Arm(
-        "as gate_act_punish, w random", METHOD, "no less hack than none", "random", rows="punish",
+        "as gate_act_punish, w random", CONTROL, "no less hack than none", "random", rows="punish",
         score="activation",
     ),
     "gate_act_punish_coin": Arm(
-        "as many rollouts count as reward 0 as gate_act_punish's score would flag, at random", METHOD,
+        "as many rollouts count as reward 0 as gate_act_punish's score would flag, at random", CONTROL,
         "no less hack than none", rows="punish_count", score="activation",
     ),
     "gate_screen": Arm(
@@ -144,14 +149,14 @@ ARMS: dict[str, Arm] = {
         "solve rises above gate_drop's at no more hack", rows="screen", control="gate_screen_random",
     ),
     "gate_screen_random": Arm(
-        "as gate_screen with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="screen"
+        "as gate_screen with a random V, calibrated alike", CONTROL, "no less hack than none", "random", rows="screen"
     ),
     "gate_punish": Arm(
         "flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt, not only withheld",
         rows="punish", control="gate_punish_random",
     ),
     "gate_punish_random": Arm(
-        "as gate_punish with a random V, calibrated alike", METHOD, "no less hack than none", "random", rows="punish"
+        "as gate_punish with a random V, calibrated alike", CONTROL, "no less hack than none", "random", rows="punish"
     ),
     "gate_either_punish": Arm(
         "as gate_act_punish; flagged by activations or by gate_fisher's score", BRIEF,
@@ -159,7 +164,7 @@ ARMS: dict[str, Arm] = {
         control="gate_either_punish_random",
     ),
     "gate_either_punish_random": Arm(
-        "as gate_either_punish, both directions random", METHOD, "no less hack than none", "random", rows="punish",
+        "as gate_either_punish, both directions random", CONTROL, "no less hack than none", "random", rows="punish",
         score="either",
     ),
     "gate_act_punish_erase": Arm(
@@ -167,7 +172,7 @@ ARMS: dict[str, Arm] = {
         score="activation", act="erase", control="gate_act_punish_erase_random",
     ),
     "gate_act_punish_erase_random": Arm(
-        "as gate_act_punish_erase, w and V random", METHOD, "no less hack than none", "random", rows="punish",
+        "as gate_act_punish_erase, w and V random", CONTROL, "no less hack than none", "random", rows="punish",
         score="activation", act="erase",
     ),
     "gate_erase": Arm(
@@ -175,7 +180,7 @@ ARMS: dict[str, Arm] = {
         control="gate_erase_random",
     ),
     "gate_erase_random": Arm(
-        "as gate_erase with a random V, calibrated alike", METHOD, "no less hack than none", "random",
+        "as gate_erase with a random V, calibrated alike", CONTROL, "no less hack than none", "random",
         rows="drop", act="erase",
     ),
     "gate_route": Arm(
@@ -183,27 +188,27 @@ ARMS: dict[str, Arm] = {
         "absorption beyond ablation alone", rows="route", control="gate_route_random",
     ),
     "gate_route_random": Arm(
-        "as gate_route with a random V, calibrated alike", METHOD, "ablation alone does not lower hack", "random",
+        "as gate_route with a random V, calibrated alike", CONTROL, "ablation alone does not lower hack", "random",
         rows="route",
     ),
     "gate_route_reversed": Arm(
-        "as gate_route, flagged to δS and low to δS_hack", METHOD, "more hack than gate_route", rows="route_low"
+        "as gate_route, flagged to δS and low to δS_hack", CONTROL, "more hack than gate_route", rows="route_low"
     ),
     "absorb": Arm(
-        "δS and δS_hack both descend g; δS_hack is ablated", METHOD, "deleting half the adapter does not lower hack",
+        "δS and δS_hack both descend g; δS_hack is ablated", CONTROL, "deleting half the adapter does not lower hack",
         rows="both",
     ),
     "rebound_mul": Arm(
         "r' = r (1 − α σ(z) 1[z>0]), z the group's z-score of h·d", REBOUND, "less hack than none AND than random d",
         reward="rebound_mul", control="rebound_mul_random",
     ),
-    "rebound_mul_random": Arm("as rebound_mul, d random", METHOD, "no less hack than none", "random",
+    "rebound_mul_random": Arm("as rebound_mul, d random", CONTROL, "no less hack than none", "random",
                               reward="rebound_mul"),
     "rebound_add": Arm(
         "r' = r − α max(z, 0)", REBOUND, "less hack than none AND than random d", reward="rebound_add",
         control="rebound_add_random",
     ),
-    "rebound_add_random": Arm("as rebound_add, d random", METHOD, "no less hack than none", "random",
+    "rebound_add_random": Arm("as rebound_add, d random", CONTROL, "no less hack than none", "random",
                               reward="rebound_add"),
     "penalty": Arm(
         "r' = r − penalty on what a monitor of given accuracy flags", BENCHMARK, "upper bound", reward="penalty",

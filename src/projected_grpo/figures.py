@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from projected_grpo import panels, panels_deployed, summaries
+from projected_grpo import looks, panels, panels_deployed, summaries
 from projected_grpo.analysis import METRICS, WINDOW, Analysis
 from projected_grpo.config import UserError
 from projected_grpo.run_tables import PROBE
@@ -74,8 +74,13 @@ def seeds_of(a: Analysis) -> str:
 
 
 def label_legend(a: Analysis) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Each label's line."""
-    return tuple((name, panels.line_style(style)) for name, style in panels.styles(a).items())
+    """Each family's line."""
+    return tuple((family.name, family.style.line) for family in looks.families(a))
+
+
+def greyed(a: Analysis) -> str:
+    """What grey means, where it means something."""
+    return " Controls are grey." if looks.greys_controls(a) else ""
 
 
 def smoothed(a: Analysis, bands: bool = True) -> str:
@@ -94,7 +99,7 @@ def story(a: Analysis) -> Figure | None:
     caption = (
         f"Held-out problems, quarantine ablated. Small: a seed ({seeds_of(a)}); large: their mean, with its 95 % t "
         f"interval over seeds. Grey band: solve within {100 * MARGIN:.0f} points of none's mean. Down and right is "
-        "better."
+        f"better.{greyed(a)}"
     )
     panel = Panel("", lambda ax: panels_deployed.pareto(ax, a), height=320, big=True)
     return Figure("story", "Hack against solve", caption, (panel,))
@@ -103,7 +108,7 @@ def story(a: Analysis) -> Figure | None:
 def curves(a: Analysis) -> Figure:
     """Hack, attempt and solve, a panel a label."""
     drawn = tuple(Panel(name, lambda ax, name=name: panels.rates(ax, a, name)) for name in a.labels)
-    grey = " Dotted grey: hack under none." if len(a.labels) > 1 and panels.none_label(a) else ""
+    grey = " Dotted grey: hack under none." if len(a.labels) > 1 and looks.none_label(a) else ""
     legend = tuple((m, dict(color=c, linestyle=d)) for m, (c, d) in panels.METRIC_STYLE.items())
     return Figure("curves", "Training", f"{smoothed(a)} Quarantine kept.{grey}", drawn, legend)
 
@@ -115,7 +120,7 @@ def arms(a: Analysis) -> Figure | None:
     drawn = tuple(
         Panel(metric, lambda ax, metric=metric: panels.compared(ax, a, f"{metric}_s")) for metric in ("hack", "solve")
     )
-    caption = f"{smoothed(a, len(a.labels) <= panels.FEW)} Quarantine kept."
+    caption = f"{smoothed(a, len(a.labels) <= panels.FEW)} Quarantine kept.{greyed(a)}"
     return Figure("arms", "Arms side by side", caption, drawn, label_legend(a))
 
 

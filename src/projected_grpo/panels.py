@@ -1,7 +1,6 @@
 """What a panel of a figure shows: an ``Analysis`` drawn on a matplotlib Axes. Rates are shares, 0 to 1."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,11 @@ from matplotlib.axes import Axes
 
 from projected_grpo import stats
 from projected_grpo.analysis import WINDOW, Analysis
+from projected_grpo.looks import DASHES, GREY, INK, none_label, styles
 from projected_grpo.stats import Values
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933")
-DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)))
 FEW = 4
 """Labels of which one panel can show the seed bands."""
-MARKERS = ("o", "s", "D", "^", "v", "P", "p", "h")
-INK, GREY = "#1c1c1c", "#8a8a8a"
 METRIC_STYLE: dict[str, tuple[str, Any]] = {
     "hack": ("#D55E00", "-"),
     "attempt": ("#E69F00", (0, (4, 1.6))),
@@ -29,34 +25,6 @@ SHARE_STYLE: dict[str, tuple[str, dict[str, Any]]] = {
     "cout_update": ("cout_Δ", dict(color="#009E73", linestyle=(0, (4, 1.6)))),
     "cin_null": ("null", dict(color=GREY, linestyle=(0, (1.4, 1.2)))),
 }
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a label looks wherever it stands."""
-
-    color: str
-    dash: Any
-    marker: str
-
-
-def line_style(style: Style) -> dict[str, Any]:
-    """Of its line."""
-    return dict(color=style.color, linestyle=style.dash)
-
-
-def none_label(a: Analysis) -> str | None:
-    """The first label of plain GRPO."""
-    return next((name for name, label in a.labels.items() if label.arm == "none"), None)
-
-
-def styles(a: Analysis) -> dict[str, Style]:
-    """Plain GRPO is black; the others go through the palette, and through dashes when it is used up."""
-    none, out = none_label(a), {}
-    for i, name in enumerate([n for n in a.labels if n != none]):
-        turn, j = divmod(i, len(PALETTE))
-        out[name] = Style(PALETTE[j], DASHES[turn % len(DASHES)], MARKERS[(i + turn) % len(MARKERS)])
-    return ({none: Style(INK, "-", "o")} if none else {}) | out
 
 
 def band(curves: Mapping[int, Values]) -> tuple[Values, Values, Values, Values] | None:
@@ -131,7 +99,7 @@ def rates(ax: Axes, a: Analysis, name: str) -> None:
 def compared(ax: Axes, a: Analysis, column: str) -> None:
     """One column of every label."""
     for name, style in styles(a).items():
-        curve(ax, a.curves.get((name, column), {}), fill=len(a.labels) <= FEW, **line_style(style))
+        curve(ax, a.curves.get((name, column), {}), fill=len(a.labels) <= FEW, **style.line)
     share_axis(ax)
 
 
@@ -152,7 +120,7 @@ def hack_in_mode(ax: Axes, a: Analysis, mode: str) -> None:
     for name, style in styles(a).items():
         if a.labels[name].heldout and mode not in a.labels[name].heldout:
             continue
-        curve(ax, mode_curves(a, name, mode, "hack"), fill=False, **line_style(style))
+        curve(ax, mode_curves(a, name, mode, "hack"), fill=False, **style.line)
     share_axis(ax)
 
 
@@ -187,7 +155,7 @@ def overlaps(ax: Axes, a: Analysis) -> None:
         steps = min(map(len, found.values()))
         values = np.stack([c[:steps] for c in found.values()])
         at = np.flatnonzero(~np.isnan(values).all(0))
-        ax.plot(at, np.nanmean(values[:, at], axis=0), **line_style(style))
+        ax.plot(at, np.nanmean(values[:, at], axis=0), **style.line)
         for seed in values:
             ax.plot(at, seed[at], linestyle="", marker=style.marker, color=style.color, markersize=2.5, alpha=0.5)
     ax.axhline(0.2, color=GREY, linewidth=0.9, linestyle=DASHES[2])

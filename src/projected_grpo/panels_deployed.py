@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from projected_grpo import stats
 from projected_grpo.analysis import Analysis, Seeds
-from projected_grpo.panels import DASHES, GREY, Style, none_label, styles
+from projected_grpo.looks import DASHES, GREY, INK, Family, Style, families, is_control, none_label, styles
 from projected_grpo.stats import MARGIN
+
+Bar = tuple[tuple[float, float], tuple[float, float]]
+"""The two ends of an interval, in data coordinates."""
 
 
 def spread(seeds: Seeds) -> stats.Interval | None:
@@ -19,7 +23,7 @@ def spread(seeds: Seeds) -> stats.Interval | None:
 def dots(ax: Axes, a: Analysis, metric: str) -> None:
     """Deployed rate of each label: its seeds, their mean, its interval. The untrained base comes first."""
     look = styles(a)
-    rows: list[tuple[str, Seeds, str]] = [("base", a.base(metric), GREY)]
+    rows: list[tuple[str, Seeds, str]] = [("base", a.base(metric), INK)]
     rows += [(name, a.deployed(name, metric), look[name].color) for name in a.labels]
     for i, (_, seeds, color) in enumerate(rows):
         if found := spread(seeds):
@@ -38,35 +42,53 @@ def dots(ax: Axes, a: Analysis, metric: str) -> None:
     ax.set_axisbelow(True)
 
 
+NAMED = 12
+"""Labels that are all named beside their points; of more, controls and families of several go into a legend."""
+
+
 def pareto(ax: Axes, a: Analysis) -> None:
     """Deployed hack (down is better) against deployed solve (right is better), with the band of matched solve."""
-    look, none = styles(a), none_label(a)
-    points = {name: (a.deployed(name, "solve"), a.deployed(name, "hack"), look[name]) for name in a.labels}
-    points["base"] = a.base("solve"), a.base("hack"), Style(GREY, "-", "X")
-    names, bars = [], []
-    for name, (solve, hack, style) in points.items():
-        both = sorted(solve.keys() & hack.keys())
-        if not both:
-            continue
-        x, y = ([values[s] for s in both] for values in (solve, hack))
-        if len(both) > 1:
-            ax.plot(x, y, linestyle="", marker=style.marker, color=style.color, markersize=3.6, alpha=0.4, mew=0)
-            mx, my = stats.mean_interval(x), stats.mean_interval(y)
-            ax.plot([mx.lo, mx.hi], [my.mean] * 2, color=style.color, linewidth=1, alpha=0.8)
-            ax.plot([mx.mean] * 2, [my.lo, my.hi], color=style.color, linewidth=1, alpha=0.8)
-            bars.append(((mx.lo, my.mean), (mx.hi, my.mean)))
-        centre = float(np.mean(x)), float(np.mean(y))
-        ax.plot(*centre, marker=style.marker, color=style.color, markersize=8.5, mew=0.8, mec="white", linestyle="")
-        names.append((name, centre, style.color))
+    none, few = none_label(a), len(a.labels) <= NAMED
+    names, bars, handles, right = [], [], [], 0.28
+    base = Family("base", (), Style(INK, "-", "X"))
+    for family in (*families(a), base):
+        style = family.style
+        known_by_sight = few or (len(family.labels) < 2 and not any(map(is_control, family.labels)))
+        points = [(f.name, a.deployed(f.name, "solve"), a.deployed(f.name, "hack")) for f in family.labels]
+        for name, solve, hack in points or [("base", a.base("solve"), a.base("hack"))]:
+            both = sorted(solve.keys() & hack.keys())
+            if not both:
+                continue
+            x, y = ([values[s] for s in both] for values in (solve, hack))
+            bars += cross(ax, x, y, style)
+            centre = float(np.mean(x)), float(np.mean(y))
+            ax.plot(*centre, marker=style.marker, color=style.color, markersize=8.5, mew=0.8, mec="white", linestyle="")
+            right = max(right, centre[0])
+            if known_by_sight:
+                names.append((name, centre, style.text))
+        if not known_by_sight:
+            handles.append(Line2D([], [], linestyle="", marker=style.marker, color=style.color, label=family.name))
     if none and (matched := spread(a.deployed(none, "solve"))):
-        ax.axvspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#efefef", zorder=0, linewidth=0)
+        ax.axvspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#f1f1f1", zorder=0, linewidth=0)
         left = max(matched.mean - MARGIN, -0.05)
         ax.annotate(
             "matched solve", (left, 1.03), xytext=(4, -3), textcoords="offset points", va="top", color="#6a6a6a"
         )
-    right = max((x for _, (x, _), _ in names), default=0.5)
-    ax.set(xlim=(-0.05, max(0.5, right + 0.22)), ylim=(-0.05, 1.03), xlabel="solve, deployed", ylabel="hack, deployed")
+    ax.set(xlim=(-0.05, right + 0.22), ylim=(-0.05, 1.03), xlabel="solve, deployed", ylabel="hack, deployed")
+    if handles:
+        ax.legend(handles=handles, loc="upper right", frameon=False, handletextpad=0.2, labelspacing=0.25)
     place(ax, names, bars)
+
+
+def cross(ax: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> list[Bar]:
+    """Several seeds as small marks with the intervals of their mean; the horizontal interval's ends, for ``place``."""
+    if len(x) < 2:
+        return []
+    ax.plot(x, y, linestyle="", marker=style.marker, color=style.color, markersize=3.6, alpha=0.4, mew=0)
+    mx, my = stats.mean_interval(x), stats.mean_interval(y)
+    ax.plot([mx.lo, mx.hi], [my.mean] * 2, color=style.color, linewidth=1, alpha=0.8)
+    ax.plot([mx.mean] * 2, [my.lo, my.hi], color=style.color, linewidth=1, alpha=0.8)
+    return [((mx.lo, my.mean), (mx.hi, my.mean))]
 
 
 OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
@@ -77,7 +99,7 @@ OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left")
 def place(
     ax: Axes,
     names: Sequence[tuple[str, tuple[float, float], str]],
-    bars: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+    bars: Sequence[Bar],
 ) -> None:
     """Names beside their points, each where it overlaps points, bars and names already placed the least."""
     scale = ax.figure.dpi / 72
