@@ -162,24 +162,26 @@ STUDY_ROWS = (
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",
         "what others do at the same cost", "where the project's arms stand",
-        ("penalty", "screening", "inoculation", "rebound_mul", "rebound_mul_random", "rebound_add",
-         "rebound_add_random", "trusted", "absorb", "gate_route", "gate_route_reversed", "penalty dose 1",
+        ("none", "random_V", "erase", "gate_act_punish", "gate_act_punish sd .5", "penalty", "screening", "inoculation",
+         "rebound_mul", "rebound_mul_random", "rebound_add", "rebound_add_random", "trusted", "absorb", "gate_route",
+         "gate_route_random", "gate_route_reversed", "penalty dose 1",
          "penalty acc .9", "penalty acc .7", "screening acc .9", "screening acc .7"),
     ),
     StudyRow(
         "matrix", "V from one mode lowers hack on modes whose exploit stands at a like place",
         "which hacks generalise to which", "a matrix of suppression",
-        tuple(f"{arm} only {mode}" for arm in ("gate_act_punish", "erase") for mode in MODES), 3,
+        ("none", "random_V", "gate_act_punish_random", "gate_act_punish_coin",
+         *(f"{arm} only {mode}" for arm in ("gate_act_punish", "erase") for mode in MODES)), 3,
     ),
     StudyRow(
         "relearn", "what an arm has kept out comes back no sooner than in the base model",
         "is the hack gone or hidden?", "steps until attempts pass one half under plain GRPO",
-        tuple(f"{arm} relearn" for arm in (*BEST, "route")), 3,
+        ("none", *(f"{arm} relearn" for arm in (*BEST, "route"))), 3,
     ),
     StudyRow(
         "deploy_scale", "hack rises with the share of the quarantine that is kept",
         "what the quarantine holds", "hack and solve against the scale of δS_hack",
-        ("route scales", "gate_route scales", "absorb scales"), 3,
+        ("none", "route scales", "gate_route scales", "absorb scales"), 3,
     ),
     StudyRow(
         "no_teacher", "arms do the same with and without a teacher pool", "teacher rollouts are imitation",
@@ -189,17 +191,18 @@ STUDY_ROWS = (
     ),
     StudyRow(
         "pairs", "mechanism and number of pairs matter, framing does not", "what the pairs have to hold",
-        "count and content", tuple(label for label in ROWS if " pairs " in label), 3,
+        "count and content", ("none", "random_V", "gate_act_random", "gate_act_punish_random", "gate_act_punish_coin",
+                              "coinflip", *BEST, *(label for label in ROWS if " pairs " in label)), 3,
     ),
     StudyRow(
         "k_and_gate", "one-sided removal of five axes is a good choice", "settings of the projection",
         "k, gate, overshoot, gradient or update",
-        ("erase", "erase k 1", "erase k 12", "erase no_gate", "erase reverse", "erase overshoot 1.5",
+        ("none", "random_V", "erase", "erase k 1", "erase k 12", "erase no_gate", "erase reverse", "erase overshoot 1.5",
          "erase pair norm none", "erase update"), 3,
     ),
     StudyRow(
         "refresh", "V has to be refreshed to last", "how often", "steps between refreshes",
-        (*labels("erase refresh"), *labels("gate_act refresh")), 3,
+        ("none", "erase", "gate_act", *labels("erase refresh"), *labels("gate_act refresh")), 3,
     ),
     StudyRow(
         "layers", "the hack direction sits in the upper half", "depth windows, top singular axes",
@@ -211,6 +214,6 @@ STUDY_ROWS = (
     ),
     StudyRow(
         "ideas", "a combination beats its parts", "what might last longer", "rows to try next",
-        ("gate_erase", "gate_screen", "gate_punish", "gate_fisher", "gate_act_screen", "erase update"), 5,
+        ("none", "gate_erase", "gate_screen", "gate_punish", "gate_fisher", "gate_act_screen", "erase update"), 5,
     ),
 )  # fmt: skip
