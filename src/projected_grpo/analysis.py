@@ -131,6 +131,12 @@ class Analysis:
         """Deploy-eval rates by seed; {} when there are none."""
         return self.rates.get((label, when, knobs, mode, metric), {})
 
+    def kept(self, label: str) -> dict[float, str]:
+        """Shares of the quarantine that a label was evaluated with at the end, in order -> the evaluation's name."""
+        ends = {"deployed": 0.0, "trained": 1.0}
+        uses = {k[2] for k in self.rates if k[:2] == (label, "last")}
+        return dict(sorted((ends[u] if u in ends else float(u.removeprefix("scale ")), u) for u in uses))
+
     def pooled(self, label: str, metric: str, modes: Iterable[str]) -> Seeds:
         """Mean of the modes' deployed rates by seed (each mode has as many samples)."""
         each = [self.deployed(label, metric, m) for m in modes]

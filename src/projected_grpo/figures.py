@@ -172,8 +172,33 @@ def overlap(a: Analysis) -> Figure | None:
     return Figure("overlap", "Basis overlap", caption, (panel,), label_legend(a))
 
 
+def relearning(a: Analysis) -> Figure | None:
+    """How soon hacking is back."""
+    if not a.relearn:
+        return None
+    caption = (
+        f"Attempts under plain GRPO, started from each label's deployed model; of none, from the untrained one. "
+        f"{smoothed(a)}"
+    )
+    panel = Panel("attempts", lambda ax: panels.relearned(ax, a))
+    return Figure("relearning", "Relearning", caption, (panel,), label_legend(a))
+
+
+def quarantine(a: Analysis) -> Figure | None:
+    """What the quarantine holds."""
+    names = [name for name in a.labels if len(a.kept(name)) > 2]
+    if not names:
+        return None
+    drawn = tuple(Panel(name, lambda ax, name=name: panels_deployed.scaled(ax, a, name)) for name in names)
+    legend = tuple((m, dict(color=c, linestyle=d)) for m, (c, d) in panels.METRIC_STYLE.items() if m != "attempt")
+    caption = (
+        f"Held-out problems with δS_hack scaled: 0 is deployed, 1 as trained. Dots: {seeds_of(a)}; line: their mean."
+    )
+    return Figure("quarantine", "What the quarantine holds", caption, drawn, legend)
+
+
 FIGURES: tuple[Callable[[Analysis], Figure | None], ...] = (
-    story, deployed, arms, curves, modes, gradient, overlap,
+    story, deployed, arms, curves, modes, gradient, overlap, relearning, quarantine,
 )  # fmt: skip
 
 

@@ -132,6 +132,16 @@ def rates_in_mode(ax: Axes, a: Analysis, mode: str) -> None:
     share_axis(ax)
 
 
+def relearned(ax: Axes, a: Analysis) -> None:
+    """Attempts under plain GRPO that starts from each label's deployed model; of none, which starts from the untrained
+    one, its own training.
+    """
+    for name, style in styles(a).items():
+        found = a.curves if a.labels[name].arm == "none" else a.relearn
+        curve(ax, found.get((name, "attempt_s"), {}), **style.line)
+    share_axis(ax)
+
+
 def plain(ax: Axes, steps: Sequence[float], values: Sequence[float]) -> None:
     """One curve as it is."""
     ax.plot(steps, values, color=INK, linewidth=1.3)

@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from projected_grpo import stats
 from projected_grpo.analysis import Analysis, Seeds
 from projected_grpo.looks import DASHES, GREY, INK, Family, Style, families, is_control, none_label, styles
+from projected_grpo.panels import METRIC_STYLE, share_axis
 from projected_grpo.stats import MARGIN
 
 Bar = tuple[tuple[float, float], tuple[float, float]]
@@ -40,6 +41,17 @@ def dots(ax: Axes, a: Analysis, metric: str) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e4e4e4", linewidth=0.7)
     ax.set_axisbelow(True)
+
+
+def scaled(ax: Axes, a: Analysis, name: str) -> None:
+    """Hack and solve of a label against the share of δS_hack that is kept: each seed a dot, the mean a line."""
+    for metric in ("hack", "solve"):
+        color, dash = METRIC_STYLE[metric]
+        rates = {scale: a.deployed(name, metric, knobs=knobs) for scale, knobs in a.kept(name).items()}
+        for scale, seeds in rates.items():
+            ax.plot([scale] * len(seeds), list(seeds.values()), "o", color=color, markersize=3, alpha=0.45, mew=0)
+        ax.plot(list(rates), [np.mean(list(s.values())) for s in rates.values()], color=color, linestyle=dash)
+    share_axis(ax, "share of δS_hack kept")
 
 
 NAMED = 12

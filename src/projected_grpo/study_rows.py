@@ -150,9 +150,10 @@ STUDY_ROWS = (
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
         ("none", "random_V", "coinflip", "gate_act_punish_coin", "gate_act_punish_coin sd .5",
          *(f"{arm} out {mode}" for arm in (
-            "gate_act_punish", "gate_act_punish_random", "erase", *COMBINED, "gate_act_punish found",
-            "gate_act_punish sd .5", "gate_act_punish_random sd .5", "gate_act_punish_erase sd .5", "rebound_mul")
-            for mode in MODES)), 3,
+            "gate_act_punish", "gate_act_punish_random", "erase", "gate_act_punish sd .5",
+            "gate_act_punish_random sd .5", "rebound_mul") for mode in MODES),
+         *(f"{idea} out run_tests" for idea in (
+            *COMBINED, "gate_act_punish found", "gate_act_punish_erase sd .5"))), 3,
     ),
     StudyRow(
         "leave_one_out_3x", "what a weak detector prevents on a mode it never saw it has only delayed at 150 steps",
@@ -197,8 +198,8 @@ STUDY_ROWS = (
     StudyRow(
         "k_and_gate", "one-sided removal of five axes is a good choice", "settings of the projection",
         "k, gate, overshoot, gradient or update",
-        ("none", "random_V", "erase", "erase k 1", "erase k 12", "erase no_gate", "erase reverse", "erase overshoot 1.5",
-         "erase pair norm none", "erase update"), 3,
+        ("none", "random_V", "erase", "erase k 1", "erase k 12", "erase no_gate", "erase reverse",
+         "erase overshoot 1.5", "erase pair norm none", "erase update"), 3,
     ),
     StudyRow(
         "refresh", "V has to be refreshed to last", "how often", "steps between refreshes",

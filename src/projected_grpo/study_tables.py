@@ -168,16 +168,13 @@ def relearning(a: Analysis) -> str | None:
 
 def scales(a: Analysis) -> str | None:
     """Deployed hack and solve with δS_hack at a share of what it learned."""
-    found = sorted({k[2] for k in a.rates if k[2] not in ("deployed",)})
+    kept = {label: a.kept(name) for name, label in a.labels.items() if len(a.kept(name)) > 1}
+    shares = sorted({share for uses in kept.values() for share in uses})
     rows = []
-    for name, label in a.labels.items():
-        cells = [
-            [short(a.rates.get((name, "last", knobs, "all", m), {})) for m in ("hack", "solve")] for knobs in found
-        ]
-        if any(x for pair in cells for x in pair):
-            zero = [short(a.deployed(name, m)) for m in ("hack", "solve")]
-            rows.append([label.shown, *(" / ".join(x or NOTHING for x in pair) for pair in (zero, *cells))])
-    return table("Quarantine kept: hack / solve", ("label", "deployed", *found), rows) if rows else None
+    for label, uses in kept.items():
+        cells = [[short(a.deployed(label.name, m, knobs=uses.get(s, ""))) for m in ("hack", "solve")] for s in shares]
+        rows.append([label.shown, *(" / ".join(x or NOTHING for x in pair) for pair in cells)])
+    return table("Share of δS_hack kept: hack / solve", ("label", *(f"{s:g}" for s in shares)), rows) if rows else None
 
 
 TABLES: tuple[Callable[[Analysis], str | None], ...] = (
