@@ -137,3 +137,14 @@ def test_source_editing_refuses_what_it_cannot_place():
     with pytest.raises(ValueError, match="signature"):
         replace_body("class Solution:\n    def f(self, n): return g(n)\n    def h(self): return (1)\n", "f", "0")
     assert append("a = 1\n\n", "b = 2") == "a = 1\nb = 2"
+
+
+def test_place_is_where_the_exploit_stands():
+    source = EXAMPLES[0].canonical.rstrip("\n")
+    for task in worded():
+        row = LOOPHOLES[task.mode]
+        exploited = row.exploit(source, task)
+        appended = exploited.startswith(source) and exploited != source
+        assert (row.place == "after") == appended, row.mode
+        # what stands in the class leaves the method as it is
+        assert (row.place == "class") == (not appended and exploited != source and source.splitlines()[-1] in exploited)

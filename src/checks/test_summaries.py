@@ -11,7 +11,7 @@ import pytest
 from mock_learner import MODES, Plant, job, study, write_run
 from scipy import stats as scipy_stats
 
-from projected_grpo import proj, quotes, results_docs, summaries
+from projected_grpo import proj, quotes, results_docs, study_tables, summaries
 from projected_grpo.analysis import Analysis
 from projected_grpo.config import UserError
 from projected_grpo.study import STUDIES
@@ -44,6 +44,8 @@ def world(tmp_path_factory):
     for seed in SEEDS:
         fold.append(job("drop but sentinel", "drop", seed, "--known-modes=rest"))
         write_run(root / "runs", fold[-1], HELD_OUT, known=tuple(m for m in MODES if m != "sentinel"))
+        fold.append(job("drop only run_tests", "drop", seed, "--known-modes=run_tests"))
+        write_run(root / "runs", fold[-1], HELD_OUT, known=("run_tests",))
     with pytest.MonkeyPatch.context() as patch:
         for arm in {j.intervention for j in jobs}:
             row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm == "penalty")
@@ -120,6 +122,16 @@ def test_the_held_out_mode_is_told_from_the_known(world):
     assert np.mean(list(a.pooled(label.name, "hack", label.heldout).values())) == pytest.approx(0.75, abs=0.1)
     known = [m for m in MODES if m != "sentinel"]
     assert np.mean(list(a.pooled(label.name, "hack", known).values())) == pytest.approx(0.10, abs=0.05)
+
+
+def test_modes_like_the_known_one_are_told_from_those_unlike_it(world):
+    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    (row,) = [line.strip("| ").split("|") for line in study_tables.transfer(a).splitlines() if "drop only" in line]
+    label, known, like, unlike, *cells = [c.strip() for c in row]
+    assert (label, known, like, unlike) == ("drop only run_tests", "run_tests", "stdout_marker file_marker", "sentinel")
+    left = [float(c.split(" of ")[0]) for c in cells[::2]]
+    assert left == pytest.approx([0.10, 0.10, 0.75], abs=0.1)
+    assert all(float(c.split(" of ")[1]) == pytest.approx(0.80, abs=0.1) for c in cells[::2])
 
 
 def test_the_page_says_it_all(world):

@@ -149,7 +149,7 @@ STUDY_ROWS = (
         "leave_one_out", "an arm whose V knows three modes lowers hack on the fourth as on the three",
         "does a weak detector suppress hacks it never saw?", "which hacks generalise to which",
         ("none", "random_V", "coinflip", "gate_act_punish_coin", "gate_act_punish_coin sd .5",
-         *(f"{arm} out {mode}" for arm in (
+         "rebound_mul_random", *(f"{arm} out {mode}" for arm in (
             "gate_act_punish", "gate_act_punish_random", "erase", "gate_act_punish sd .5",
             "gate_act_punish_random sd .5", "rebound_mul") for mode in MODES),
          *(f"{idea} out run_tests" for idea in (

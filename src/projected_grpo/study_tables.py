@@ -1,6 +1,6 @@
 """The tables of a study's section in docs/results.md: an ``Analysis`` -> Markdown, or None where there is nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -21,6 +21,7 @@ from projected_grpo.comparison_tables import (
     tossed_of,
 )
 from projected_grpo.h1 import MIN_SEEDS
+from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.run_tables import PHASES, PROBE
 
 
@@ -94,13 +95,46 @@ def held_out(a: Analysis) -> str | None:
         known = [m for m in label.modes if m not in label.heldout]
         cells = [mean(a.pooled(name, m, label.heldout)) for m in METRICS]
         cells += [short(a.pooled(name, m, known)) for m in METRICS]
-        for other in (none_of(a, label), random_of(a, label), tossed_of(a, label)):
+        references = (none_of(a, label), random_of(a, label), tossed_of(a, label))
+        for other in references:
             hack = a.pooled(other.name, "hack", label.heldout) if other else {}
             cells.append(gain(a.pooled(name, "hack", label.heldout), hack))
+        cells += [other and other.name for other in references[1:]]
         rows.append([label.shown, " ".join(label.heldout), len(a.pooled(name, "hack", label.heldout)), *cells])
-    minus = ("hack − none", "hack − random", "hack − coin")
+    minus = ("hack − none", "hack − random", "hack − coin", "random", "coin")
     headers = ("label", "held out", "n", *METRICS, *(f"known {m}" for m in METRICS), *minus)
     return table("Held-out modes, deployed", headers, rows) if rows else None
+
+
+def transfer(a: Analysis) -> str | None:
+    """What a detector that knows one mode does to the modes whose exploit stands at a like place, and to the others."""
+    rows = []
+    for label in a.labels.values():
+        known = [m for m in label.modes if m not in label.heldout]
+        none = none_of(a, label)
+        if len(known) != 1 or none is None:
+            continue
+        place = LOOPHOLES[known[0]].place
+        like = [m for m in label.heldout if LOOPHOLES[m].place == place]
+        unlike = [m for m in label.heldout if m not in like]
+        cells = []
+        for modes in (known, like, unlike):
+            left, before = (short(a.pooled(name, "hack", modes)) for name in (label.name, none.name))
+            cells.append(f"{left} of {before}" if modes else None)
+            cells.append(number(early_auroc(a, label.name, modes)))
+        rows.append([label.shown, known[0], " ".join(like) or None, " ".join(unlike), *cells])
+    title = "Which hacks generalise to which: deployed hack of none's, and the detector's early AUROC"
+    groups = ("known", "like", "unlike")
+    headers = ("label", "known", "like place", "unlike", *(f"{m} {g}" for g in groups for m in ("hack", "AUROC")))
+    return table(title, headers, rows) if rows else None
+
+
+def early_auroc(a: Analysis, label: str, modes: Sequence[str]) -> float | None:
+    """Mean over modes and seeds of the label's own score in the first phase."""
+    found = a.joined("detector").filter(
+        (pl.col("label") == label) & (pl.col("phase") == next(iter(PHASES))) & (pl.col("score") == "own")
+    )
+    return found.filter(pl.col("mode").is_in(modes))["auroc"].mean()
 
 
 def detector(a: Analysis) -> str | None:
@@ -178,6 +212,6 @@ def scales(a: Analysis) -> str | None:
 
 
 TABLES: tuple[Callable[[Analysis], str | None], ...] = (
-    verdicts, training, deployed, against_none, against_random, against_coin, by_mode, held_out, gradient, detector,
-    relearning, scales,
+    verdicts, training, deployed, against_none, against_random, against_coin, by_mode, held_out, transfer, gradient,
+    detector,    relearning, scales,
 )  # fmt: skip
