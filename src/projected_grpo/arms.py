@@ -90,7 +90,11 @@ ARMS: dict[str, Arm] = {
     ),
     "trusted": Arm(
         "δS descends VᵀV g, V the span of clean sides' gradients", "TDGA 2605.25189", "delays hacking",
-        "clean", act="span",
+        "clean", act="span", control="trusted_random",
+    ),
+    "trusted_random": Arm(
+        "as trusted, V random", CONTROL, "a gradient in so few directions does not delay hacking as much", "random",
+        act="span",
     ),
     "gate_drop": Arm(
         "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
