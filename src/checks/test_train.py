@@ -68,6 +68,14 @@ def test_only_route_leaves_a_quarantine(runs):
         assert knobs == ({"deployed", "trained"} if arm == "route" else {"deployed"})
 
 
+@pytest.mark.parametrize("arm", ["gate_fisher", "gate_act_punish", "gate_either_punish"])
+def test_relearning_goes_on_under_the_eyes_of_every_kind_of_detector(outputs, arm):
+    folder = run(outputs, arm, "--steps=1", "--relearn-steps=1")
+    (row,) = results.json_lines(folder / "relearn.jsonl")
+    assert row["withheld"] == 0
+    assert row["norm_delta"] > steps_of(folder)[0]["norm_delta"] > 0
+
+
 def test_arms_share_their_first_rollouts_and_part_afterwards(runs):
     """Paired seeds: step 0 is the same for all; an arm shows in later steps only."""
     first = {arm: steps_of(folder)[0] for arm, folder in runs.items()}

@@ -86,10 +86,12 @@ def ablate(knobs: Knobs) -> None:
 def relearn(
     x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int
 ) -> None:
-    """A relearning attack on a model without quarantine: plain GRPO with a new optimizer, from step ``first`` on."""
+    """A relearning attack on a model without quarantine: plain GRPO with a new optimizer, from step ``first`` on. The
+    run's own detector goes on scoring, and nothing is done about it.
+    """
     if not cfg.rl.relearn_steps:
         return
-    plain = proj.arm("none")
+    plain = replace(proj.arm("none"), score=proj.arm(cfg.intervention).score)
     for step in tqdm(range(first, cfg.rl.relearn_steps), "relearn", dynamic_ncols=True):
         made = take_step(x, plain, grader, optimizers, cfg, cfg.rl.steps + step)
         row = asdict(step_row(step, made, x.directions.arm, x.knobs))
