@@ -52,9 +52,9 @@ def variants(arm: str, *pairs: tuple[str, tuple[str, ...]]) -> list[Row]:
     return [Row(f"{arm} {suffix}", arm, flags) for suffix, flags in pairs]
 
 
-def long(arm: str) -> Row:
+def long(arm: str, n_seeds: int | None = None) -> Row:
     """The arm at three times the horizon."""
-    return Row(f"{arm} 3x", arm, ("--steps=150",))
+    return Row(f"{arm} 3x", arm, ("--steps=150",), n_seeds)
 
 
 BEST = ("erase", "gate_act", "gate_act_punish")
@@ -94,8 +94,8 @@ ROWS: dict[str, Row] = {
         *(Row(f"gate_act_punish sd .5 out {mode} 3x", "gate_act_punish",
               (*known(*others(mode)), "--threshold-sd=0.5", "--steps=150")) for mode in MODES),
         *(Row(f"{arm} only {mode}", arm, known(mode)) for arm in BEST for mode in MODES),
-        *map(long, ("none", *BEST, "random_V", "gate_act_random", "gate_act_punish_random", "rebound_mul",
-                    "rebound_mul_random")),
+        *map(long, ("none", *BEST, "random_V", "gate_act_random", "rebound_mul", "rebound_mul_random")),
+        long("gate_act_punish_random", 5),
         *(
             Row(f"{arm} mix {mix}", arm, (f"--mix-ratio={mix}", "--pool=outputs/pools/organism"))
             for arm in ("none", *BEST) for mix in ("0.125", "0.5")
