@@ -26,7 +26,9 @@ class H1:
     why: str
 
     def __str__(self) -> str:
-        control = "no random control" if self.over_control is None else f"below random V by {self.over_control}"
+        control = (
+            "no random control" if self.over_control is None else f"below its random control by {self.over_control}"
+        )
         return f"{self.verdict} (hack cut {self.cut}, solve lost {self.loss}, {control}, n {self.cut.n}): {self.why}"
 
 

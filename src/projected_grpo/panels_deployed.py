@@ -54,18 +54,19 @@ def scaled(ax: Axes, a: Analysis, name: str) -> None:
     share_axis(ax, "share of δS_hack kept")
 
 
-NAMED = 12
-"""Labels that are all named beside their points; of more, controls and families of several go into a legend."""
+FEW, NAMED, LONG = 12, 8, 16
+"""Up to FEW labels are all named beside their points. Of more, controls go into a legend; and so does everything where
+an arm has several labels, or where more than NAMED would be left to name. A legend that is LONG takes two columns.
+"""
 
 
 def pareto(ax: Axes, a: Analysis) -> None:
     """Deployed hack (down is better) against deployed solve (right is better), with the band of matched solve."""
-    none, few = none_label(a), len(a.labels) <= NAMED
+    none, named = none_label(a), named_beside(a)
     names, bars, handles, right = [], [], [], 0.28
     base = Family("base", (), Style(INK, "-", "X"))
     for family in (*families(a), base):
         style = family.style
-        known_by_sight = few or (len(family.labels) < 2 and not any(map(is_control, family.labels)))
         points = [(f.name, a.deployed(f.name, "solve"), a.deployed(f.name, "hack")) for f in family.labels]
         for name, solve, hack in points or [("base", a.base("solve"), a.base("hack"))]:
             both = sorted(solve.keys() & hack.keys())
@@ -76,9 +77,9 @@ def pareto(ax: Axes, a: Analysis) -> None:
             centre = float(np.mean(x)), float(np.mean(y))
             ax.plot(*centre, marker=style.marker, color=style.color, markersize=8.5, mew=0.8, mec="white", linestyle="")
             right = max(right, centre[0])
-            if known_by_sight:
+            if name in named:
                 names.append((name, centre, style.text))
-        if not known_by_sight:
+        if family is not base and named.isdisjoint(label.name for label in family.labels):
             handles.append(Line2D([], [], linestyle="", marker=style.marker, color=style.color, label=family.name))
     if none and (matched := spread(a.deployed(none, "solve"))):
         ax.axvspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#f1f1f1", zorder=0, linewidth=0)
@@ -86,10 +87,26 @@ def pareto(ax: Axes, a: Analysis) -> None:
         ax.annotate(
             "matched solve", (left, 1.03), xytext=(4, -3), textcoords="offset points", va="top", color="#6a6a6a"
         )
-    ax.set(xlim=(-0.05, right + 0.22), ylim=(-0.05, 1.03), xlabel="solve, deployed", ylabel="hack, deployed")
+    long = len(handles) > LONG
+    ax.set(
+        xlim=(-0.05, right + (0.45 if long else 0.22)),
+        ylim=(-0.05, 1.03),
+        xlabel="solve, deployed",
+        ylabel="hack, deployed",
+    )
     if handles:
-        ax.legend(handles=handles, loc="upper right", frameon=False, handletextpad=0.2, labelspacing=0.25)
+        columns = dict(ncols=1 + long, columnspacing=0.8, handletextpad=0.2, labelspacing=0.25)
+        ax.legend(handles=handles, loc="upper right", frameon=False, **columns)
     place(ax, names, bars)
+
+
+def named_beside(a: Analysis) -> set[str]:
+    """Names that stand beside their points."""
+    if len(a.labels) <= FEW:
+        return {*a.labels, "base"}
+    methods = [f.name for f in families(a) if not is_control(f.labels[0])]
+    folds = any(len(f.labels) > 1 for f in families(a))
+    return {"base"} if folds or len(methods) > NAMED else {*methods, "base"}
 
 
 def cross(ax: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> list[Bar]:

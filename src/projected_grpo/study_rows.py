@@ -163,7 +163,8 @@ STUDY_ROWS = (
     StudyRow(
         "baselines", "no published baseline without an oracle does better than the best arm",
         "what others do at the same cost", "where the project's arms stand",
-        ("none", "random_V", "erase", "gate_act_punish", "gate_act_punish sd .5", "penalty", "screening", "inoculation",
+        ("none", "random_V", "erase", "gate_act_punish", "gate_act_punish_random", "gate_act_punish sd .5",
+         "gate_act_punish_random sd .5", "penalty", "screening", "inoculation",
          "rebound_mul", "rebound_mul_random", "rebound_add", "rebound_add_random", "trusted",
          "trusted_random", "absorb", "gate_route",
          "gate_route_random", "gate_route_reversed", "penalty dose 1",
