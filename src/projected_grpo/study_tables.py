@@ -123,14 +123,14 @@ def transfer(a: Analysis) -> str | None:
             cells.append(f"{left} of {before}" if modes else None)
             cells.append(number(early_auroc(a, label.name, modes)))
         rows.append([label.shown, known[0], " ".join(like) or None, " ".join(unlike), *cells])
-    title = "Which hacks generalise to which: deployed hack of none's, and the detector's early AUROC"
+    title = "Which hacks generalise to which: deployed hack of none's, and V's early AUROC on gradients"
     groups = ("known", "like", "unlike")
     headers = ("label", "known", "like place", "unlike", *(f"{m} {g}" for g in groups for m in ("hack", "AUROC")))
     return table(title, headers, rows) if rows else None
 
 
 def early_auroc(a: Analysis, label: str, modes: Sequence[str]) -> float | None:
-    """Mean over modes and seeds of the label's own score in the first phase."""
+    """Mean over modes and seeds of V's score of rollouts' gradients in the first phase, whatever the arm's detector."""
     found = a.joined("detector").filter(
         (pl.col("label") == label) & (pl.col("phase") == next(iter(PHASES))) & (pl.col("score") == "own")
     )
