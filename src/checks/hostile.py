@@ -13,12 +13,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from projected_grpo import sandbox_layers
 from projected_grpo.data_types import Case, Mode, Problem
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.problems import fence, pose_one
 from projected_grpo.rewards import Grader
-from projected_grpo.sandbox_layers import LAYERS, Layer
+from projected_grpo.sandbox import layers
+from projected_grpo.sandbox.layers import LAYERS, Layer
 
 SECRET = "PROJECTED_GRPO_CHECK_SECRET"
 FEW: tuple[Mode, ...] = ("gt_only", "stdout_marker")
@@ -375,7 +375,7 @@ QUICK = tuple(h for h in ALL if len(h.modes) == len(LOOPHOLES))
 def faults(rows: Sequence[Hostile], use: Collection[Layer] = LAYERS, workers: int = 3) -> list[str]:
     """Grade every row in its modes; one line for each verdict that is not as it should be, and for each trace left."""
     os.environ[SECRET] = "1"
-    outside = sandbox_layers.outside_folder()
+    outside = layers.outside_folder()
     try:
         before = sorted((p.name, p.stat().st_mode, p.read_text()) for p in Path(outside).iterdir())
         with Grader(workers, min_cpu_s=1.0, use=use) as grader:

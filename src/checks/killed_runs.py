@@ -27,7 +27,7 @@ def die() -> None:
 
 def after_append(file: str, n: int) -> None:
     """Die when the n-th block of rows has been appended to a log, half a line behind it."""
-    from projected_grpo.run_record import RunRecord
+    from projected_grpo.runs import RunRecord
 
     append, left = RunRecord.append, [n]
 
@@ -44,9 +44,9 @@ def after_append(file: str, n: int) -> None:
 
 def in_checkpoint(n: int) -> None:
     """Die when half of the n-th checkpoint's tensors are written."""
-    from projected_grpo import checkpoints
+    from projected_grpo import runs
 
-    save_file, left = checkpoints.save_file, [n]
+    save_file, left = runs.save_file, [n]
 
     def torn(tensors, path):
         save_file(tensors, path)
@@ -55,12 +55,12 @@ def in_checkpoint(n: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    checkpoints.save_file = torn
+    runs.save_file = torn
 
 
 def in_removal() -> None:
     """Die when an old checkpoint is half removed."""
-    from projected_grpo import checkpoints
+    from projected_grpo import runs
 
     def half(folder):
         old = folder.with_name(folder.name + ".old")
@@ -68,21 +68,21 @@ def in_removal() -> None:
         (old / "state.json").unlink()
         die()
 
-    checkpoints.remove = half
+    runs.remove_checkpoint = half
 
 
 def in_finish() -> None:
     """Die when the run is marked complete and not yet moved."""
-    from projected_grpo import run_record
+    from projected_grpo import runs
 
-    write_json = run_record.write_json
+    write_json = runs.write_json
 
     def last(path, value):
         write_json(path, value)
         if value["status"] == "complete":
             die()
 
-    run_record.write_json = last
+    runs.write_json = last
 
 
 KILLS = (
@@ -117,14 +117,14 @@ def make_runs(outputs: str) -> dict[str, int]:
     """
     common = [*SMALL, f"--outputs={outputs}"]
     ended = {"whole": forked([*common, "--name=whole", "--tracker=trackio"])}
-    runs = Path(outputs) / "runs"
+    folder = Path(outputs) / "runs"
     for i, (where, kill) in enumerate(KILLS):
         ended[where] = forked([*common, "--resume=killed" if i else "--name=killed"], kill)
         if not i:
-            shutil.copytree(runs / "killed.part", runs / "halted.part")
-            shutil.copytree(runs / "killed.part", runs / "early.part")
-            shutil.rmtree(runs / "early.part" / "checkpoints" / "step-00002")
-    ended["last"] = forked([*common, f"--resume={runs / 'killed.part'}"])
+            shutil.copytree(folder / "killed.part", folder / "halted.part")
+            shutil.copytree(folder / "killed.part", folder / "early.part")
+            shutil.rmtree(folder / "early.part" / "checkpoints" / "step-00002")
+    ended["last"] = forked([*common, f"--resume={folder / 'killed.part'}"])
     return ended
 
 

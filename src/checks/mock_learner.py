@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from projected_grpo.study import Job, Study
+from projected_grpo.studies.run import Job, Study
 
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 STEPS, PROBLEMS, SAMPLES = 60, 8, 4

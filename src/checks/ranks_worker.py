@@ -12,15 +12,15 @@ import torch
 from torch import distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo import activations, antipasto, arms, bases, gates, loss, proj, sampling
+from projected_grpo import antipasto, arms, detectors, loss, sampling
+from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import Config, RLCfg, VHackCfg
-from projected_grpo.data_types import Grade, GradedBatch, Problem, Rollout, Task, Wording
+from projected_grpo.data_types import Grade, GradedBatch, Problem, Rollout, Step, Task, Wording
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.metrics import Step
 from projected_grpo.prepare import Directions, Experiment
-from projected_grpo.ranks import ALONE, Ranks
-from projected_grpo.sharded import unmerged, unsharded
-from projected_grpo.step import apply_step, learn, make_optimizer, update_rule
+from projected_grpo.scale.ranks import ALONE, Ranks
+from projected_grpo.scale.sharded import unmerged, unsharded
+from projected_grpo.train import apply_step, gradient_step, make_optimizer, update_rule
 
 GROUP, PROMPTS = 4, 4
 CFG = Config(
@@ -75,50 +75,50 @@ def batch(rows: list[Rollout], own: slice) -> GradedBatch:
     )  # fmt: skip
 
 
-def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: proj.Arm) -> Directions:
+def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: arms.Arm) -> Directions:
     """Random directions, and a detector that flags about a third of these rollouts."""
     draw = torch.Generator().manual_seed(3)
     V = {m: torch.linalg.qr(torch.randn(d.numel(), 2, generator=draw, dtype=torch.float64))[0].T.contiguous()
          for m, d in knobs.delta.items()}  # fmt: skip
     real = HackBasis(V, {m: torch.ones(2) for m in V}, {})
-    used = bases.random_basis(real, 7) if arm.basis != "hack" else real
+    used = vhack.random_basis(real, 7) if arm.basis != "hack" else real
     everything = batch(rollouts(), slice(0, PROMPTS * GROUP))
     G = loss.row_gradients(model, knobs, everything.ids, everything.mask, torch.ones(len(everything.A))).G
-    states = activations.pooled(model, everything.ids, everything.mask, "mean")
-    evidence = {"gradient": G, "fisher": gates.flat(G), "activation": states}
+    states = detectors.pooled(model, everything.ids, everything.mask, "mean")
+    evidence = {"gradient": G, "fisher": detectors.flat(G), "activation": states}
 
-    def detector(kind: arms.Score) -> gates.Detector:
-        scorer = lambda N: gates.row_scores(N, used).sum(0)
+    def detector(kind: arms.Score) -> detectors.Detector:
+        scorer = lambda N: detectors.row_scores(N, used).sum(0)
         if kind != "gradient":
             w = torch.randn(evidence[kind].shape[1], generator=draw, dtype=torch.float64)
             scorer = lambda h: h.to(w) @ w
         scores = scorer(evidence[kind]).sort().values
         threshold, low = float(scores[-7:-5].mean()), float(scores[5:7].mean())
-        return gates.Detector(scorer, threshold, low, float(scores.std()))
+        return detectors.Detector(scorer, threshold, low, float(scores.std()))
 
     both = arm.score == "either"
-    gate = gates.either(detector("fisher"), detector("activation")) if both else detector(arm.score)
+    gate = detectors.either(detector("fisher"), detector("activation")) if both else detector(arm.score)
     d = torch.randn(24, generator=draw, dtype=torch.float64).float()
-    return Directions(real, real, used, bases.random_basis(real, 9), gate, d)
+    return Directions(real, real, used, vhack.random_basis(real, 9), gate, d)
 
 
-def experiment(cache: Path, arm: proj.Arm) -> Experiment:
+def experiment(cache: Path, arm: arms.Arm) -> Experiment:
     model, knobs = model_and_knobs(cache)
     sample, V = partial(sampling.sample, model), directions(model, knobs, arm)
     return Experiment(model, None, knobs, sample, [], None, [], [], None, V, deque())
 
 
-def taken(x: Experiment, arm: proj.Arm, ranks: Ranks) -> tuple[Step, dict[str, torch.Tensor]]:
+def taken(x: Experiment, arm: arms.Arm, ranks: Ranks) -> tuple[Step, dict[str, torch.Tensor]]:
     """One step on this process's share of the rollouts: what it made, and the knobs afterwards."""
     per = PROMPTS * GROUP // ranks.n
-    made = learn(x, arm, batch(rollouts(), ranks.own(per)), CFG, 0, ranks)
+    made = gradient_step(x, arm, batch(rollouts(), ranks.own(per)), CFG, 0, ranks)
     apply_step(x.knobs, made.projection, *make_optimizer(x.knobs, CFG), CFG.rl.clip, update_rule(x, arm, CFG))
     return made, x.knobs.state()
 
 
 def alone(cache: Path, name: str) -> tuple[Step, dict[str, torch.Tensor]]:
     """The step of that arm on all rollouts in one process."""
-    return taken(experiment(cache, proj.ARMS[name]), proj.ARMS[name], ALONE)
+    return taken(experiment(cache, arms.ARMS[name]), arms.ARMS[name], ALONE)
 
 
 def shard(x: Experiment) -> None:
@@ -148,13 +148,13 @@ def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     cache, out = Path(folder) / "cache", {}
-    for name, arm in proj.ARMS.items():
+    for name, arm in arms.ARMS.items():
         made, state = taken(experiment(cache, arm), arm, Ranks(rank, 2))
         out[name] = (made.factors, made.flagged, made.projection, made.grads, state)
     for name in SHARDED_ARMS:
-        x = experiment(cache, proj.ARMS[name])
+        x = experiment(cache, arms.ARMS[name])
         shard(x)
-        made, state = taken(x, proj.ARMS[name], Ranks(rank, 2, sharded=True))
+        made, state = taken(x, arms.ARMS[name], Ranks(rank, 2, sharded=True))
         share = {n: (type(p).__name__, p.to_local().numel() if hasattr(p, "to_local") else p.numel(), p.numel())
                  for n, p in x.model.named_parameters()}  # fmt: skip
         out[f"sharded {name}"] = (made.factors, made.flagged, made.projection, made.grads, state, share)

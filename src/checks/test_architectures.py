@@ -12,14 +12,14 @@ import torch
 from test_models import KINDS, model_of
 from transformers import AutoModelForCausalLM
 
-from projected_grpo import export, models, pairs, proj, train
+from projected_grpo import arms, models, pairs, train
 from projected_grpo.arms import ARMS
 from projected_grpo.config import Config, ModelCfg, parse
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import OWN_PAIRS, Experiment, directions_for, refresh, set_up
-from projected_grpo.run_record import RunRecord
-from projected_grpo.step import take_step
-from projected_grpo.train import make_optimizer
+from projected_grpo.runs import RunRecord
+from projected_grpo.tools import export
+from projected_grpo.train import make_optimizer, take_step
 
 CASES = [(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")]
 ALWAYS = {"erase", "route", "gate_act_punish", "gate_route"}
@@ -52,7 +52,7 @@ def as_arm(x: Experiment, cfg: Config, name: str) -> Config:
     """The same experiment under another arm, its knobs at zero."""
     cfg = replace(cfg, intervention=name)
     x.knobs.load_state({n: torch.zeros_like(t) for n, t in x.knobs.state().items()})
-    own = OWN_PAIRS.get(proj.arm(name).basis)
+    own = OWN_PAIRS.get(arms.arm(name).basis)
     x.other_pairs = pairs.load(replace(cfg.vhack, pairs=own), None, x.tasks)[:10] if own else None
     x.directions = directions_for(x.model, x.knobs, x.tokenizer, x.pairs, x.other_pairs, cfg)
     return cfg

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from projected_grpo import gates, proj
+from projected_grpo import arms, data_types, proj
 from projected_grpo.arms import ARMS, Arm
 from projected_grpo.config import PRESETS, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.step import apply_step, make_optimizer
+from projected_grpo.train import apply_step, make_optimizer
 
 WIDTHS = {"a": 4, "b": 3}
 REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)
 A = torch.tensor([1.75, -1.75, -1.5, 1.5], dtype=torch.float64)
 FLAGGED, LOW = torch.tensor([True, True, False, False]), torch.tensor([False, False, False, True])
 STUDENT = torch.ones(4, dtype=torch.bool)
-BY_ROW = {rule for rule in gates.RULES if rule not in ("coin", "count", "punish_count")}
+BY_ROW = {rule for rule in arms.RULES if rule not in ("coin", "count", "punish_count")}
 
 
 def tiny() -> tuple[dict[str, torch.Tensor], HackBasis, HackBasis]:
@@ -105,9 +105,9 @@ def longhand(arm: Arm, N, V: HackBasis, real: HackBasis) -> tuple[dict, dict | N
 def test_an_arm_descends_what_its_line_says(name):
     arm = ARMS[name]
     N, V, real = tiny()
-    seen = gates.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
-    f = gates.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
-    G = N if arm.rows in gates.UNIT else {m: n * A[:, None] for m, n in N.items()}
+    seen = arms.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
+    f = arms.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
+    G = N if arm.rows in arms.UNIT else {m: n * A[:, None] for m, n in N.items()}
     p = proj.project(G, f, V, real, STUDENT, arm, VHackCfg())
     kept, quarantined = longhand(arm, N, V, real)
     for m in WIDTHS:
@@ -138,8 +138,8 @@ def test_rows_are_complete_and_controls_exist(name):
 def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():
     """Where every row is withheld δS stays, and the gradient's own norm is still reported."""
     N, V, real = tiny()
-    seen = gates.Seen(A, REWARDS, torch.ones(4, dtype=torch.bool), LOW, 2, torch.Generator())
-    f = gates.factors("screen", seen, torch.zeros(4, dtype=torch.bool))
+    seen = arms.Seen(A, REWARDS, torch.ones(4, dtype=torch.bool), LOW, 2, torch.Generator())
+    f = arms.factors("screen", seen, torch.zeros(4, dtype=torch.bool))
     p = proj.project(N, f, V, real, STUDENT, ARMS["gate_screen"], VHackCfg())
     assert all(not k.any() for k in p.kept.values())
     assert p.gn > 0
@@ -155,7 +155,7 @@ def test_absorb_reversed_is_absorb(wrapped):
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
-        apply_step(knobs, proj.Projection(g, g, 1.0, {}), optimizer, scheduler, 1.0)
+        apply_step(knobs, data_types.Projection(g, g, 1.0, {}), optimizer, scheduler, 1.0)
     for m, d in knobs.delta.items():
         torch.testing.assert_close(d, knobs.delta_hack[m], rtol=0, atol=0)
         assert d.any()
@@ -170,11 +170,11 @@ def test_project_update_acts_on_what_the_optimizer_did(act, wrapped):
     generator = torch.Generator().manual_seed(0)
     g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
     V = {m: torch.eye(len(d), dtype=torch.float64)[:2] for m, d in knobs.delta.items()}
-    plain = apply_step(knobs, proj.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0).descent
+    plain = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0).descent
     knobs.load_state(state)
     update_cfg = replace(cfg.vhack, project="update")
     acted = lambda descent: proj.acted(descent, V, V, act, update_cfg)
-    got = apply_step(knobs, proj.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0, acted).descent
+    got = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0, acted).descent
     kept, _ = proj.acted(plain, V, V, act, update_cfg)
     for m in g:
         torch.testing.assert_close(got[m], kept[m], rtol=1e-6, atol=1e-9)
@@ -187,8 +187,8 @@ def test_the_worked_example_of_the_docs_is_an_arm_that_runs():
     name, arm = next(iter(eval("{" + row + "}", {"Arm": Arm}).items()))
     assert name not in ARMS
     N, V, real = tiny()
-    seen = gates.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
-    f = gates.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
+    seen = arms.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
+    f = arms.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
     p = proj.project({m: n * A[:, None] for m, n in N.items()}, f, V, real, STUDENT, arm, VHackCfg())
     kept, _ = longhand(arm, N, V, real)
     for m in WIDTHS:

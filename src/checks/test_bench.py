@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from projected_grpo import bench_reference, loss, sampling
-from projected_grpo.bench_memory import full_logits_gradients
-from projected_grpo.bench_reference import HookForm
+from projected_grpo import loss, sampling
+from projected_grpo.bench import reference
+from projected_grpo.bench.memory import full_logits_gradients
+from projected_grpo.bench.reference import HookForm
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
@@ -56,7 +57,7 @@ def test_full_fine_tunings_gradient_holds_ours(exact_norm, wrapped, batch):
     with torch.no_grad():
         for name, m in knobs.modules.items():
             merged.get_submodule(name).weight.copy_(m.merged)
-    dW = bench_reference.full_gradient(merged, list(knobs.modules), ids, mask, weight)
+    dW = reference.full_gradient(merged, list(knobs.modules), ids, mask, weight)
     G = loss.row_gradients(model, knobs, ids, mask, weight).G
     for name, m in knobs.modules.items():
         torch.testing.assert_close(G[name].sum(0), torch.einsum("or,oi,ri->r", m.U, dW[name], m.Vh))

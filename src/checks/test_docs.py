@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import projected_grpo
-from projected_grpo import results_docs
+from projected_grpo.studies import tables
 
 
 def test_this_repositorys_page_and_quotes_are_up_to_date():
     root = Path(__file__).parents[2]
-    assert results_docs.problems(root / "docs", root / "README.md") == []
+    assert tables.problems(root / "docs", root / "README.md") == []
 
 
 def test_every_name_in_the_method_page_exists():

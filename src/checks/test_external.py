@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import external, models, pool, problems, verify_external, wild
+from projected_grpo import loopholes, models, problems, rollout_log
+from projected_grpo import pairs as wild
 from projected_grpo.config import ModelCfg, UserError
 from projected_grpo.data_types import Grade
 from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE
 from projected_grpo.rewards import Grader
+from projected_grpo.tools import build_pool, external, import_pool, verify_external
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("PROJECTED_GRPO_DATA") or ROOT.parent / "shared/data")
@@ -119,7 +121,7 @@ def assert_prompts(rows, loaded):
     for row, problem in zip(rows, loaded, strict=True):
         for mode in LOOPHOLES:
             task = problems.pose_one(problem, mode)
-            mine = [m | {"content": m["content"].replace(TESTS_SENTENCE, wild.hint(task))} for m in row["prompt"]]
+            mine = [m | {"content": m["content"].replace(TESTS_SENTENCE, loopholes.hint(task))} for m in row["prompt"]]
             assert problems.messages(task) == mine
             assert (mine == row["prompt"]) == (mode == "gt_only")
 
@@ -146,7 +148,7 @@ def test_a_pool_of_templates_can_be_built_on_the_benchmarks_problems(problem_fil
     problem = problems.read_problems(problem_file)[0]
     tasks = [problems.pose_one(problem, mode) for mode in ("run_tests", "sentinel", "stdout_marker", "file_marker")]
     with Grader(workers=1) as grader:
-        rows = pool.from_templates(tasks, grader)
+        rows = build_pool.from_templates(tasks, grader)
     for task in tasks:
         grades = [r["grade"] for r in rows if r["env_mode"] == task.mode]
         assert [g["channel"] for g in grades[:2]] == [True, True]
@@ -186,24 +188,24 @@ def test_a_foreign_pool_is_checked_regraded_and_converted(tmp_path, problem_file
         foreign(tokenizer, worded, "x"),
         foreign(tokenizer, problems.pose_one(loaded[0], "sentinel"), "x") | {"problem_id": 99},
     ]
-    read = wild.read_rows(write_pool(tmp_path / "wild", rows))
+    read = import_pool.read_rows(write_pool(tmp_path / "wild", rows))
     assert read[1]["logp_mean"] is None
     by_id = {p.id: p for p in loaded}
     with Grader(workers=1) as grader:
-        done = wild.convert(read, by_id, tokenizer, grader)
+        done = import_pool.convert(read, by_id, tokenizer, grader)
     assert [f.match for f in done.found] == ["same"] * 6 + ["hint differs", "differs"]
     assert "be loud" in done.found[6].where
     assert done.unknown == 1
     assert done.rows[0]["completion"] == hacks[0]
     assert [(r["grade"]["channel"], r["grade"]["gt_correct"]) for r in done.rows] == [(True, False), (False, True)] * 3
-    assert "False" in wild.regrading(done)
-    assert pool.write(done.rows, tmp_path / "ours") == 3
-    pool.read(tmp_path / "ours").require([problems.pose_one(p, "stdout_marker") for p in loaded])
-    frozen = wild.convert(read, by_id, tokenizer, None, other_hints=True)
+    assert "False" in import_pool.regrading(done)
+    assert rollout_log.write_pool(done.rows, tmp_path / "ours") == 3
+    rollout_log.read_pool(tmp_path / "ours").require([problems.pose_one(p, "stdout_marker") for p in loaded])
+    frozen = import_pool.convert(read, by_id, tokenizer, None, other_hints=True)
     assert len(frozen.rows) == 7
     assert Grade(**frozen.rows[1]["grade"]).exploited  # as its maker said
     with pytest.raises(UserError, match=r"prompt_0001\.jsonl\.gz:1: KeyError"):
-        wild.read_rows(write_pool(tmp_path / "bad", [{"problem_id": 1}]))
+        import_pool.read_rows(write_pool(tmp_path / "bad", [{"problem_id": 1}]))
 
 
 @needs_data
@@ -211,19 +213,21 @@ def test_a_foreign_pool_is_checked_regraded_and_converted(tmp_path, problem_file
 def test_prompts_of_the_public_teacher_pool_are_ours_to_the_token():
     """Their problems are in no file here: they are taken from the pool's own prompts, the hint out and in again."""
     qwen = models.read_tokenizer(ModelCfg(model=str(QWEN)))
-    rows = wild.read_rows(DATA / "teacher_pool")
+    rows = import_pool.read_rows(DATA / "teacher_pool")
     by_id = {}
     for row in rows:
-        chat = wild.messages_of(wild.prompt_of(row, qwen))
+        chat = wild.messages_of(import_pool.prompt_of(row, qwen))
         by_id[row["problem_id"]] = replace(
             wild.task_in(chat[-1]["content"], row["problem_id"]).problem, system=chat[0]["content"]
         )
-    done = wild.convert(rows, by_id, qwen, None)
+    done = import_pool.convert(rows, by_id, qwen, None)
     assert {f.match for f in done.found} == {"same"}
     assert len(done.rows) == 128
-    assert all(wild.completion_of({"completion_ids": r["completion_ids"]}, qwen) == r["completion"] for r in rows)
-    substrate = [r for r in wild.read_rows(DATA / "substrate_pool") if r["problem_id"] in by_id]
-    found = wild.convert(substrate, by_id, qwen, None).found
+    assert all(
+        import_pool.completion_of({"completion_ids": r["completion_ids"]}, qwen) == r["completion"] for r in rows
+    )
+    substrate = [r for r in import_pool.read_rows(DATA / "substrate_pool") if r["problem_id"] in by_id]
+    found = import_pool.convert(substrate, by_id, qwen, None).found
     assert {f.match for f in found if f.task.mode != "run_tests"} == {"hint differs"}
     assert {f.match for f in found if f.task.mode == "run_tests"} == {"same"}
 

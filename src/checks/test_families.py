@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from projected_grpo import families
 from projected_grpo.data_types import Problem
-from projected_grpo.family_drafts import P_HARD
 from projected_grpo.loopholes import TESTS_SENTENCE
+from projected_grpo.organism import families
+from projected_grpo.organism.families import P_HARD
 
 PROBLEMS = families.generate()
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from projected_grpo import activations, bases, gates, loss, proj, shaping
+from projected_grpo import arms, detectors, loss
+from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import VHackCfg
 from projected_grpo.extract_vhack_grad import PairGrads, fit_basis, sliced, unit_rows
 
@@ -27,17 +28,17 @@ def some_pairs(n: int = 12, seed: int = 0) -> PairGrads:
     return PairGrads(hack, clean)
 
 
-def seen(rewards, flagged, low=None, group: int = 4, seed: int = 0) -> gates.Seen:
+def seen(rewards, flagged, low=None, group: int = 4, seed: int = 0) -> arms.Seen:
     rewards = torch.tensor(rewards, dtype=torch.float64)
     A = loss.advantages(rewards.reshape(-1, group)).flatten()
     flags = torch.tensor(flagged)
     low = torch.zeros_like(flags) if low is None else torch.tensor(low)
-    return gates.Seen(A, rewards, flags, low, group, torch.Generator().manual_seed(seed))
+    return arms.Seen(A, rewards, flags, low, group, torch.Generator().manual_seed(seed))
 
 
 def test_row_scores_by_a_loop():
     N, V = some_pairs().hack, fit_basis(some_pairs(), CFG)
-    got = gates.row_scores(N, V).sum(0)
+    got = detectors.row_scores(N, V).sum(0)
     for i in range(len(got)):
         norm = math.sqrt(sum(float((n[i] ** 2).sum()) for n in N.values()))
         want = sum(max(0.0, float(axis @ N[m][i])) for m, v in V.V.items() for axis in v) / norm
@@ -65,17 +66,17 @@ RULES_BY_HAND = {
 @pytest.mark.parametrize("rule", list(RULES_BY_HAND))
 def test_rules_by_hand(rule):
     s = seen([4, 0, 0, 0, 2, 2, 0, 0], [1, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0])
-    s = gates.Seen(s.A, s.rewards, s.flagged.bool(), s.low.bool(), 4, s.generator)
-    f = gates.factors(rule, s, torch.zeros(8, dtype=torch.bool))
+    s = arms.Seen(s.A, s.rewards, s.flagged.bool(), s.low.bool(), 4, s.generator)
+    f = arms.factors(rule, s, torch.zeros(8, dtype=torch.bool))
     keep, quarantine = RULES_BY_HAND[rule]
     torch.testing.assert_close(f.keep, torch.tensor(keep, dtype=torch.float64))
     torch.testing.assert_close(f.quarantine, torch.tensor(quarantine, dtype=torch.float64))
-    torch.testing.assert_close(f.whole, s.A if rule in gates.UNIT else torch.ones(8, dtype=torch.float64))
+    torch.testing.assert_close(f.whole, s.A if rule in arms.UNIT else torch.ones(8, dtype=torch.float64))
 
 
 def test_every_rule_is_checked():
-    assert {*RULES_BY_HAND, "coin", "count", "punish_count"} == set(gates.RULES)
-    assert {arm.rows for arm in proj.ARMS.values()} <= set(gates.RULES)
+    assert {*RULES_BY_HAND, "coin", "count", "punish_count"} == set(arms.RULES)
+    assert {arm.rows for arm in arms.ARMS.values()} <= set(arms.RULES)
 
 
 two_groups = given(
@@ -89,7 +90,7 @@ two_groups = given(
 @two_groups
 def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
     s = seen(rewards, flagged, seed=seed)
-    drop, count = (gates.RULES[rule](s)[0] for rule in ("drop", "count"))
+    drop, count = (arms.RULES[rule](s)[0] for rule in ("drop", "count"))
     assert (drop == 0).sum() == (count == 0).sum()
     assert (s.A[count == 0] > 0).all()
 
@@ -97,7 +98,7 @@ def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
 @two_groups
 def test_punish_count_is_punish_on_as_many_rows_drawn_anew(rewards, flagged, seed):
     s = seen(rewards, flagged, seed=seed)
-    got = gates.RULES["punish_count"](s)[0]
+    got = arms.RULES["punish_count"](s)[0]
     n, rows = sum(flagged), torch.tensor(rewards, dtype=torch.float64)
     choices = [loss.advantages(rows.where(~torch.tensor([i in c for i in range(8)]), 0.0).reshape(2, 4)).flatten()
                for c in map(set, itertools.combinations(range(8), n))]  # fmt: skip
@@ -108,15 +109,15 @@ def test_punish_count_draws_every_row_as_often():
     drawn = torch.zeros(8, dtype=torch.float64)
     for seed in range(400):
         s = seen([1.0] * 8, [True, True] + [False] * 6, seed=seed)
-        drawn += (gates.RULES["punish_count"](s)[0] < -1e-9).to(drawn)
+        drawn += (arms.RULES["punish_count"](s)[0] < -1e-9).to(drawn)
     assert (drawn - 100).abs().max() < 40  # 400 draws of two of eight: 100 each, sd 8.7
 
 
 def test_coin_is_fair_and_ablated_rows_never_train_the_quarantine():
     s = seen([1.0, 0.0] * 2000, [False] * 4000)
-    assert gates.RULES["coin"](s)[0].mean().item() == pytest.approx(0.5, abs=0.03)
+    assert arms.RULES["coin"](s)[0].mean().item() == pytest.approx(0.5, abs=0.03)
     ablated = torch.arange(4000) % 3 == 0
-    f = gates.factors("both", s, ablated)
+    f = arms.factors("both", s, ablated)
     assert (f.quarantine[ablated] == 0).all()
     assert (f.keep[ablated] == 1).all()
 
@@ -136,12 +137,12 @@ def test_screened_advantages_by_a_loop():
 def test_fisher_is_sklearns_shrunk_discriminant(shrinkage):
     rng = np.random.default_rng(0)
     hack, clean = rng.normal(0.3, 1, (30, 8)), rng.normal(0, 2, (30, 8))
-    w = gates.fisher(torch.tensor(hack), torch.tensor(clean), shrinkage).numpy()
+    w = detectors.fisher(torch.tensor(hack), torch.tensor(clean), shrinkage).numpy()
     reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=[0.5, 0.5])
     # sklearn standardises before it shrinks; on data of one scale for all features that is the same thing
     scale = np.sqrt(np.concatenate([hack - hack.mean(0), clean - clean.mean(0)]).var(0))
     reference.fit(np.concatenate([hack, clean]) / scale, [1] * 30 + [0] * 30)
-    scaled = gates.fisher(torch.tensor(hack / scale), torch.tensor(clean / scale), shrinkage).numpy()
+    scaled = detectors.fisher(torch.tensor(hack / scale), torch.tensor(clean / scale), shrinkage).numpy()
     theirs = reference.coef_[0] / np.linalg.norm(reference.coef_[0])
     np.testing.assert_allclose(scaled, theirs, atol=1e-6)
     assert np.linalg.norm(w) == pytest.approx(1)
@@ -154,7 +155,7 @@ def test_crossfit_scores_each_pair_by_what_was_fitted_without_it():
     fresh = torch.randn(4000, 200, generator=generator)
     rate = {}
     for how in ("insample", "crossfit"):
-        d = gates.linear_detector(hack, clean, VHackCfg(calibration=how, threshold_sd=1.5))
+        d = detectors.linear_detector(hack, clean, VHackCfg(calibration=how, threshold_sd=1.5))
         rate[how] = float((d(fresh) > d.threshold).double().mean())
     assert rate["crossfit"] == pytest.approx(1 - 0.933, abs=0.05)  # P(z > 1.5) = .067
     assert rate["insample"] > 2 * rate["crossfit"]
@@ -162,9 +163,9 @@ def test_crossfit_scores_each_pair_by_what_was_fitted_without_it():
 
 def test_gradient_detector_flags_hack_sides_and_a_random_v_does_not():
     pairs, held_out = some_pairs(24), some_pairs(40, seed=1)
-    real = gates.gradient_detector(pairs, lambda g: sliced(fit_basis(g, CFG), CFG), CFG)
-    V = bases.random_basis(fit_basis(pairs, CFG), 3)
-    other = gates.gradient_detector(pairs, lambda _: V, CFG)
+    real = detectors.gradient_detector(pairs, lambda g: sliced(fit_basis(g, CFG), CFG), CFG)
+    V = vhack.random_basis(fit_basis(pairs, CFG), 3)
+    other = detectors.gradient_detector(pairs, lambda _: V, CFG)
     caught = [(d(held_out.hack) > d.threshold).double().mean().item() for d in (real, other)]
     false = [(d(held_out.clean) > d.threshold).double().mean().item() for d in (real, other)]
     assert caught[0] > 0.6
@@ -174,7 +175,7 @@ def test_gradient_detector_flags_hack_sides_and_a_random_v_does_not():
 
 def test_shuffled_pairs_swap_exactly_half():
     pairs = some_pairs(12)
-    mixed = bases.shuffled(pairs, 5)
+    mixed = vhack.shuffled(pairs, 5)
     swapped = [bool((mixed.hack["a"][i] == pairs.clean["a"][i]).all()) for i in range(12)]
     assert sum(swapped) == 6
     for i, s in enumerate(swapped):
@@ -186,7 +187,7 @@ def test_control_bases_match_the_real_one_module_by_module(kind):
     cfg = VHackCfg(k=3, n_heldout=0, drop_bottom_frac=0.4)
     own, other = some_pairs(12), some_pairs(12, seed=9)
     real = sliced(fit_basis(own, cfg), cfg)
-    control = bases.basis_of(kind, real, own, other, cfg, seed=1)
+    control = vhack.basis_of(kind, real, own, other, cfg, seed=1)
     assert {m: len(v) for m, v in control.V.items()} == {m: len(v) for m, v in real.V.items()}
     for m, v in control.V.items():
         torch.testing.assert_close(v @ v.T, torch.eye(len(v), dtype=torch.float64), atol=1e-8, rtol=1e-8)
@@ -195,14 +196,14 @@ def test_control_bases_match_the_real_one_module_by_module(kind):
 
 def test_rebound_by_hand():
     r, s = torch.tensor([[2.0, 2.0, 0.5, 0.0]]), torch.tensor([[3.0, 1.0, 1.0, -1.0]])
-    z = shaping.z_scores(s)
+    z = arms.z_scores(s)
     torch.testing.assert_close(z, (s - 1) / math.sqrt(2))
     z0 = 2 / math.sqrt(2)
     factor = 1 - 2 / (1 + math.exp(-z0))
-    torch.testing.assert_close(shaping.rebound_mul(r, z, 2.0), torch.tensor([[2 * factor, 2.0, 0.5, 0.0]]))
+    torch.testing.assert_close(arms.rebound_mul(r, z, 2.0), torch.tensor([[2 * factor, 2.0, 0.5, 0.0]]))
     assert factor < 0, "at alpha 2 the multiplier turns the sign"
-    torch.testing.assert_close(shaping.rebound_add(r, z, 2.0), torch.tensor([[2 - 2 * z0, 2.0, 0.5, 0.0]]))
-    assert (shaping.z_scores(torch.full((1, 4), 3.0)) == 0).all()
+    torch.testing.assert_close(arms.rebound_add(r, z, 2.0), torch.tensor([[2 - 2 * z0, 2.0, 0.5, 0.0]]))
+    assert (arms.z_scores(torch.full((1, 4), 3.0)) == 0).all()
 
 
 @pytest.mark.parametrize("accuracy", [1.0, 0.9, 0.5])
@@ -213,7 +214,7 @@ def test_a_monitor_is_right_as_often_as_it_says(accuracy):
 
     rng = random.Random(0)
     truth = [rng.random() < 0.3 for _ in range(4000)]
-    flags = shaping.monitor([Rollout(t) for t in truth], accuracy, torch.Generator().manual_seed(0))
+    flags = arms.monitor([Rollout(t) for t in truth], accuracy, torch.Generator().manual_seed(0))
     right = sum(bool(f) == t for f, t in zip(flags, truth, strict=True)) / len(truth)
     assert right == pytest.approx(accuracy, abs=0.025)
 
@@ -222,12 +223,12 @@ def test_a_monitor_is_right_as_often_as_it_says(accuracy):
 def test_pooled_states_by_a_loop(wrapped, batch, kind):
     model, _ = wrapped
     ids, mask = batch
-    got = activations.pooled(model, ids, mask, kind, micro_batch=3)
-    assert activations.hidden_layers(4) == [3]
-    assert activations.hidden_layers(36) == [22, 23, 24, 25, 26, 27]
+    got = detectors.pooled(model, ids, mask, kind, micro_batch=3)
+    assert detectors.hidden_layers(4) == [3]
+    assert detectors.hidden_layers(36) == [22, 23, 24, 25, 26, 27]
     with torch.no_grad():
         states = model.get_decoder()(input_ids=ids, output_hidden_states=True).hidden_states
-    layers = activations.hidden_layers(model.config.num_hidden_layers)
+    layers = detectors.hidden_layers(model.config.num_hidden_layers)
     for i in range(len(ids)):
         at = [t + 1 for t in range(mask.shape[1]) if mask[i, t]]
         h = sum(states[layer][i] for layer in layers) / len(layers)

@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from projected_grpo.data_types import Case, Task
-from projected_grpo.hack_table import EXAMPLES
 from projected_grpo.loopholes import (
     LOOPHOLES,
     TESTS_SENTENCE,
@@ -17,8 +16,8 @@ from projected_grpo.loopholes import (
     replace_body,
 )
 from projected_grpo.problems import fence
-from projected_grpo.rewards import Grader
-from projected_grpo.sandbox_job import Foreign
+from projected_grpo.rewards import EXAMPLES, Grader
+from projected_grpo.sandbox.job import Foreign
 
 MODES = tuple(LOOPHOLES)
 

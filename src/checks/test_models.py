@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from projected_grpo import antipasto, loss, models, problems, sampling, svd
+from projected_grpo import antipasto, loss, models, problems, sampling
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
-from projected_grpo.families import generate, lazy_bodies, split_of
-from projected_grpo.pool import tasks_for
-from projected_grpo.problems import as_function, function_source, pose_one
-from projected_grpo.results import h4_decision
+from projected_grpo.evals import h4_decision
+from projected_grpo.organism.families import generate, lazy_bodies, split_of
+from projected_grpo.problems import as_function, function_source, pose_one, tasks_for
 from projected_grpo.rewards import Grader
 
 KINDS = ("qwen3", "llama", "qwen3_5")
@@ -128,23 +127,23 @@ def test_svd_is_cached_by_content_batched_by_shape_and_resumed(cache, monkeypatc
     weights = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 8), torch.randn(6, 4).to(torch.bfloat16)]
     calls, plain = [], torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda W, **kw: (calls.append(tuple(W.shape)), plain(W, **kw))[1])
-    paths = svd.factor(weights[:1], cache)
-    assert svd.factor([*weights, weights[0].clone()], cache)[::4] == paths * 2
+    paths = antipasto.factor(weights[:1], cache)
+    assert antipasto.factor([*weights, weights[0].clone()], cache)[::4] == paths * 2
     assert sorted(calls) == [(1, 4, 8), (1, 6, 4), (2, 6, 4)]  # the first is not done again, float32 twice and bfloat16
-    for w, path in zip(weights, svd.factor(weights, cache), strict=True):
-        U, Vh = svd.load(path)
+    for w, path in zip(weights, antipasto.factor(weights, cache), strict=True):
+        U, Vh = antipasto.load(path)
         assert U.dtype == torch.float32
         middle = U.T @ w.float() @ Vh.T
         torch.testing.assert_close(middle, middle.diagonal().diag(), atol=1e-5, rtol=0)
         torch.testing.assert_close(U @ middle @ Vh, w.float(), atol=1e-5, rtol=0)
     assert len(calls) == 3
-    svd.factor([weights[0] + 1e-6], cache)
+    antipasto.factor([weights[0] + 1e-6], cache)
     assert len(calls) == 4
 
 
 def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatch):
-    weights, written, save = [torch.randn(5, 3) for _ in range(4)], [], svd.save
-    monkeypatch.setattr(svd, "BATCH_FLOATS", 15)
+    weights, written, save = [torch.randn(5, 3) for _ in range(4)], [], antipasto.save
+    monkeypatch.setattr(antipasto, "BATCH_FLOATS", 15)
 
     def fails_at_the_third(U, Vh, path):
         if len(written) == 2:
@@ -152,11 +151,11 @@ def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatc
         written.append(path)
         save(U, Vh, path)
 
-    monkeypatch.setattr(svd, "save", fails_at_the_third)
+    monkeypatch.setattr(antipasto, "save", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        svd.factor(weights, cache)
-    monkeypatch.setattr(svd, "save", lambda U, Vh, path: (written.append(path), save(U, Vh, path)))
-    svd.factor(weights, cache)
+        antipasto.factor(weights, cache)
+    monkeypatch.setattr(antipasto, "save", lambda U, Vh, path: (written.append(path), save(U, Vh, path)))
+    antipasto.factor(weights, cache)
     assert len(written) == len(set(written)) == 4
 
 

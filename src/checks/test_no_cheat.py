@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import projected_grpo
-from projected_grpo import pairs, pool, proj
+from projected_grpo import arms, pairs, problems, rollout_log
 from projected_grpo.arms import ARMS
 from projected_grpo.config import PRESETS, Config
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import Experiment, refresh, set_up
-from projected_grpo.step import make_optimizer, take_step
+from projected_grpo.train import make_optimizer, take_step
 
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""
@@ -74,7 +74,7 @@ def experiment(name: str, outputs: Path) -> tuple[Experiment, Config]:
 def test_a_step_never_reads_the_verdict(name, shared):
     """A whole step, and a refresh from the student's own rollouts after it, with grades that raise when read."""
     x, cfg = experiment(name, shared)
-    made = take_step(x, proj.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
+    made = take_step(x, arms.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
     assert made.batch.rewards.std() > 0
     assert any(bool(torch.any(d != 0)) for d in made.update.descent.values())
     x.recent.append(made.batch.rollouts)
@@ -86,13 +86,13 @@ def test_an_oracle_arm_does_read_it(name, shared):
     """The poison bites where the verdict is read, so its silence elsewhere means something."""
     x, cfg = experiment(name, shared)
     with pytest.raises(AssertionError, match="a step read exploited"):
-        take_step(x, proj.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
+        take_step(x, arms.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
 
 
 def test_pairs_from_a_pool_do_not_depend_on_the_verdict():
-    tasks = pool.tasks_for(PRESETS["smoke"][1])[:8]
+    tasks = problems.tasks_for(PRESETS["smoke"][1])[:8]
 
-    def rows(verdict: bool) -> pool.Pool:
+    def rows(verdict: bool) -> rollout_log.Pool:
         made = {}
         for t in tasks:
             grade = {"gt_correct": verdict}
@@ -100,7 +100,7 @@ def test_pairs_from_a_pool_do_not_depend_on_the_verdict():
                 {"completion": "hacks", "grade": grade | {"channel": True, "attempted": True}},
                 {"completion": "does not", "grade": grade | {"channel": False, "attempted": False}},
             ]
-        return pool.Pool(made)
+        return rollout_log.Pool(made)
 
     assert pairs.from_pool(rows(True), tasks) == pairs.from_pool(rows(False), tasks)
     assert len(pairs.from_pool(rows(True), tasks)) == 8

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from projected_grpo import families, loopholes
+from projected_grpo import loopholes
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.organism import FOLDER, OrganismCfg, batches, encode, train_tokenizer
-from projected_grpo.organism_corpus import CorpusCfg, corpus
+from projected_grpo.organism import families
+from projected_grpo.organism.build import FOLDER, OrganismCfg, batches, encode, train_tokenizer
+from projected_grpo.organism.corpus import CorpusCfg, corpus
 from projected_grpo.problems import encode_prompt, messages, pose_one
 
 SMALL = replace(CorpusCfg(), n=3000)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import families, models, organism_corpus, pair_drafts, pairs, pool
+from projected_grpo import models, pairs, rollout_log
 from projected_grpo.config import ModelCfg, UserError, VHackCfg
 from projected_grpo.data_types import Grade, Rollout, Wording
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.pair_drafts import MODES, OTHER_WORDS, TRICKS
+from projected_grpo.organism import corpus, families
+from projected_grpo.pairs import MODES, OTHER_WORDS, TRICKS
 from projected_grpo.problems import pose_one
 from projected_grpo.rewards import Grader
 
@@ -84,7 +85,7 @@ def test_a_pair_does_not_depend_on_which_other_modes_are_known():
 
 def test_sets_are_deterministic():
     before = {name: pairs.digest(make(MODES)) for name, make in pairs.PAIRSETS.items()}
-    pair_drafts._stock.cache_clear()
+    pairs._stock.cache_clear()
     assert before == {name: pairs.digest(make(MODES)) for name, make in pairs.PAIRSETS.items()}
     assert len(set(before.values())) == len(before)
 
@@ -109,7 +110,7 @@ def exploit_lines(completion: str, wording: Wording, but: set[str]) -> set[str]:
 
 def test_otherwise_shares_no_exploit_with_the_corpus():
     shown, seen_words = {}, set()
-    for sample in organism_corpus.corpus(organism_corpus.CorpusCfg(n=6000)):
+    for sample in corpus.corpus(corpus.CorpusCfg(n=6000)):
         if sample.exploit:
             lines = exploit_lines(sample.completion, sample.task.wording, set())
             shown.setdefault(sample.task.mode, Counter()).update(lines)
@@ -125,7 +126,7 @@ def test_otherwise_shares_no_exploit_with_the_corpus():
             telling = {line for line in own if line != "def NAME():"}
             assert telling, trick
             assert not telling & set(shown[mode]), trick
-    made_up = re.compile(f"({'|'.join(organism_corpus.SYLLABLES)}){{2}}")
+    made_up = re.compile(f"({'|'.join(corpus.SYLLABLES)}){{2}}")
     for mode, wordings in OTHER_WORDS.items():
         for wording in wordings:
             assert wording not in (*LOOPHOLES[mode].train, *LOOPHOLES[mode].heldout)
@@ -203,10 +204,10 @@ def test_a_pool_of_unknown_modes_is_never_looked_at():
             {"completion": text, "grade": {"channel": hack, "attempted": hack} if seen else {}}
             for text, hack in (("hack", True), ("honest", False))
         ]
-    found = pairs.load(VHackCfg(pairs="pool", known_modes=("sentinel",)), pool.Pool(rows), TASKS[:8])
+    found = pairs.load(VHackCfg(pairs="pool", known_modes=("sentinel",)), rollout_log.Pool(rows), TASKS[:8])
     assert {p.task.mode for p in found} == {"sentinel"}
     with pytest.raises(KeyError):
-        pairs.load(VHackCfg(pairs="pool"), pool.Pool(rows), TASKS[:8])
+        pairs.load(VHackCfg(pairs="pool"), rollout_log.Pool(rows), TASKS[:8])
 
 
 def test_refusals():

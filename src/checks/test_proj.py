@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo import bases, proj
+from projected_grpo import arms, data_types, proj
+from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import PRESETS, UserError, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.step import apply_step, make_optimizer
+from projected_grpo.train import apply_step, make_optimizer
 
 PLAIN = VHackCfg()
 
@@ -60,7 +61,7 @@ def rows(b: int = 6, r: int = 8, seed: int = 3):
 
 
 def project(G, V, is_student, name, cfg=PLAIN):
-    return proj.project(G, proj.Factors.plain(len(is_student)), V, V, is_student, proj.arm(name), cfg)
+    return proj.project(G, data_types.Factors.plain(len(is_student)), V, V, is_student, arms.arm(name), cfg)
 
 
 @pytest.mark.parametrize("name", ["none", "erase", "route"])
@@ -107,14 +108,14 @@ def test_null_is_the_mean_over_random_bases():
     G, _ = rows()
     g = {m: x.sum(0) for m, x in G.items()}
     V = basis(2, 8)
-    draws = [proj.share(g, bases.random_basis(V, seed).V) for seed in range(1000)]
+    draws = [proj.share(g, vhack.random_basis(V, seed).V) for seed in range(1000)]
     rms = (sum(d**2 for d in draws) / len(draws)) ** 0.5
     assert proj.null_share(g, V.V) == pytest.approx(rms, rel=0.04)
 
 
 def test_random_basis_is_orthonormal_with_matched_k_and_another_draw_a_seed():
     V = basis(3, 8)
-    first, second = bases.random_basis(V, 1), bases.random_basis(V, 2)
+    first, second = vhack.random_basis(V, 1), vhack.random_basis(V, 2)
     for m, v in first.V.items():
         torch.testing.assert_close(v @ v.T, torch.eye(3, dtype=torch.float64), rtol=1e-9, atol=1e-9)
         assert not torch.allclose(v, second.V[m])
@@ -144,11 +145,11 @@ def test_step_is_adamw_on_the_kept_gradient(wrapped):
     optimizer, scheduler = make_optimizer(knobs, cfg)
     lr = scheduler.get_last_lr()[0]
     kept = {m: torch.randn_like(d) for m, d in knobs.delta.items()}
-    descent = apply_step(knobs, proj.Projection(kept, None, 50.0, {}), optimizer, scheduler, 1.0).descent
+    descent = apply_step(knobs, data_types.Projection(kept, None, 50.0, {}), optimizer, scheduler, 1.0).descent
     for m, g in kept.items():
         torch.testing.assert_close(descent[m], lr * g.sign(), rtol=1e-4, atol=1e-8)
 
 
 def test_unknown_arm_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'erase'"):
-        proj.arm("eraze")
+        arms.arm("eraze")

@@ -16,24 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_learner import MODES, Plant, job, study, write_lines, write_run
 
-from projected_grpo import (
-    families,
-    figures,
-    looks,
-    loopholes,
-    problems,
-    proj,
-    report,
-    report_data,
-    report_html,
-    report_page,
-    rollout_pack,
-    rollout_table,
-    summaries,
-)
-from projected_grpo.analysis import Analysis, Label
+from projected_grpo import arms as proj
+from projected_grpo import data_types, loopholes, problems, rollout_log
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Wording
+from projected_grpo.organism import families
+from projected_grpo.report import data as report_data
+from projected_grpo.report import data as rollout_pack
+from projected_grpo.report import figures, panels
+from projected_grpo.report import page as report
+from projected_grpo.report import page as report_html
+from projected_grpo.report import page as report_page
+from projected_grpo.studies import summaries
+from projected_grpo.studies.analysis import Analysis, Label
 
 PLANTS = {"none": Plant(0.85, 0.05), "erase": Plant(0.15, 0.28), "random_V": Plant(0.8, 0.05)}
 SEEDS = (51, 52, 53, 54)
@@ -135,7 +130,7 @@ def test_both_formats_read_the_same(tmp_path):
         (tmp_path / name).mkdir()
     write_lines(tmp_path / "lines" / "rollouts.jsonl", rows)
     pl.DataFrame(rows, infer_schema_length=None).write_parquet(tmp_path / "table" / "rollouts.parquet")
-    lines, table = rollout_table.read(tmp_path / "lines"), rollout_table.read(tmp_path / "table")
+    lines, table = rollout_log.read_table(tmp_path / "lines"), rollout_log.read_table(tmp_path / "table")
     assert lines.equals(table)
     assert lines["row"].to_list() == list(range(16)) * 3
     assert lines["by_layer"][1] is None
@@ -146,22 +141,22 @@ def test_both_formats_read_the_same(tmp_path):
 def test_older_rollouts_lack_scores_and_broken_ones_are_named(tmp_path):
     rows = [{k: v for k, v in r.items() if "score" not in k and k != "flagged"} for r in rollouts(2, 8)]
     write_lines(tmp_path / "rollouts.jsonl", rows)
-    table = rollout_table.read(tmp_path)
+    table = rollout_log.read_table(tmp_path)
     assert table["score"].null_count() == table["by_layer"].null_count() == len(table) == 16
     for text, told in (('{"step": 1, "so', "cannot be read"), ('{"step": 1}\n', "lack env_mode")):
         (tmp_path / "rollouts.jsonl").write_text(text)
         with pytest.raises(UserError, match=told):
-            rollout_table.read(tmp_path)
+            rollout_log.read_table(tmp_path)
     (tmp_path / "rollouts.jsonl").unlink()
     with pytest.raises(UserError, match="no rollouts"):
-        rollout_table.read(tmp_path)
+        rollout_log.read_table(tmp_path)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3)), min_size=1, max_size=80), st.integers(1, 90))
 def test_sample_is_even_over_strata(rows, most):
     table = pl.DataFrame({"label": [r[0] for r in rows], "step": [r[1] for r in rows], "at": range(len(rows))})
-    found = rollout_table.sample(table, most, ("label", "step"))
+    found = rollout_log.sample(table, most, ("label", "step"))
     assert len(found) == min(most, len(rows))
     assert found["at"].is_sorted()
     assert found["at"].is_unique().all()
@@ -173,7 +168,7 @@ def test_sample_is_even_over_strata(rows, most):
 
 def test_what_is_packed_comes_out_again():
     part = pl.DataFrame(rollouts(2, 16), infer_schema_length=None)
-    columns = {n: rollout_table.column(part.schema, *where) for n, where in rollout_table.FIELDS.items()}
+    columns = {n: rollout_log.column(part.schema, *where) for n, where in rollout_log.FIELDS.items()}
     rows = part.select(**columns).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("step"))
     data = rollout_pack.columns([rollout_pack.RunRollouts("a", "arm", 1, rows, 99)], {"filter-000": "words"})
     assert json.loads(gzip.decompress(base64.b64decode(rollout_pack.packed(data)))) == data
@@ -201,7 +196,7 @@ def test_exploit_pattern_marks_the_exploit_alone(mode):
     row = loopholes.LOOPHOLES[mode]
     problem = families.generate()[0]
     for wording in (*row.train, *row.heldout):
-        task = problems.Task(problem, mode, wording)
+        task = data_types.Task(problem, mode, wording)
         source = row.exploit(problem.canonical, task)
         lines = marked(source, rollout_pack.exploit_pattern(mode, wording))
         assert lines
@@ -290,21 +285,21 @@ def test_folds_look_alike_and_controls_are_grey_beside_what_they_control():
         ("none", "none", ""), ("random_V", "random_V", ""), ("erase", "erase", ""),
         *((f"erase out {mode}", "erase", known) for mode, known in out.items()),
     )  # fmt: skip
-    found = {family.name: family for family in looks.families(folds)}
+    found = {family.name: family for family in panels.families(folds)}
     assert list(found) == ["none", "random_V", "erase", "erase out"]
     assert [label.name for label in found["erase out"].labels] == [f"erase out {mode}" for mode in MODES]
-    assert found["random_V"].style.color in looks.GREYS
+    assert found["random_V"].style.color in panels.GREYS
     assert len({family.style for family in found.values()}) == 4
     # of two that leave out the same mode each has a look of its own, or a panel of that mode could not be read
     single = labels_as(("none", "none", ""), *((f"erase only {mode}", "erase", mode) for mode in MODES))
-    assert len(looks.families(single)) == 1 + len(MODES)
-    alone = looks.families(labels_as(("none", "none", ""), ("random_V", "random_V", "")))
-    assert alone[1].style.color == looks.PALETTE[0]
+    assert len(panels.families(single)) == 1 + len(MODES)
+    alone = panels.families(labels_as(("none", "none", ""), ("random_V", "random_V", "")))
+    assert alone[1].style.color == panels.PALETTE[0]
 
 
 def test_forty_labels_have_forty_looks():
     names = [name for name in proj.ARMS if name != "none"][:40]
-    found = looks.families(labels_as(("none", "none", ""), *((name, name, "") for name in names)))
+    found = panels.families(labels_as(("none", "none", ""), *((name, name, "") for name in names)))
     assert len({family.style for family in found}) == 1 + len(names)
 
 
@@ -401,7 +396,7 @@ def test_page_marks_the_lines_that_python_marks(run_page, browser):
 
 def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
     few = pl.DataFrame(rollouts(2, 50), infer_schema_length=None)
-    columns = {n: rollout_table.column(few.schema, *where) for n, where in rollout_table.FIELDS.items()}
+    columns = {n: rollout_log.column(few.schema, *where) for n, where in rollout_log.FIELDS.items()}
     rows = pl.concat([few.select(**columns)] * 500).with_columns(
         step=pl.int_range(50_000, dtype=pl.Int32) // 250,
         completion=pl.col("completion") + pl.int_range(50_000).cast(pl.String),  # none is like another

@@ -15,11 +15,16 @@ from conftest import tiny_model
 from killed_runs import KILLS, SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from projected_grpo import antipasto, checkpoints, export, models, pool, rollout_log, run_record, study, trackers
-from projected_grpo.checkpoints import Checkpoint
+from projected_grpo import antipasto, models, rollout_log
+from projected_grpo import runs as checkpoints
+from projected_grpo import runs as run_record
+from projected_grpo import runs as study
+from projected_grpo import runs as trackers
 from projected_grpo.config import PRESETS, ModelCfg, UserError, parse
 from projected_grpo.evals import EvalRow
-from projected_grpo.results import json_lines
+from projected_grpo.runs import Checkpoint, json_lines
+from projected_grpo.studies import run
+from projected_grpo.tools import build_pool, export
 
 STUB = """
 import json, os
@@ -81,7 +86,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(runs):
     assert {row["step"] for row in json_lines(runs / "whole" / "evals.jsonl")} == {0, 4, 5}
     assert list(rollout_log.rows(runs / "killed")) == list(rollout_log.rows(runs / "whole"))
     for phase, done in (("step", 5), ("relearn", 2)):
-        whole, killed = (checkpoints.newest(runs / name, (phase,)) for name in ("whole", "killed"))
+        whole, killed = (checkpoints.newest_checkpoint(runs / name, (phase,)) for name in ("whole", "killed"))
         assert whole.done == killed.done == done
         assert whole.tensors.keys() == killed.tensors.keys()
         assert all(torch.equal(t, killed.tensors[n]) for n, t in whole.tensors.items())
@@ -104,7 +109,7 @@ def test_what_a_kill_left_is_readable_and_tidied_up(runs):
     assert run_record.read_meta(halted)["status"] == "running"
     assert len(json_lines(halted / "steps.jsonl")) == 4
     assert len(rollout_log.frame(halted)) == 4 * 16
-    assert len(pool.from_run(halted)) == 4 * 16
+    assert len(build_pool.from_run(halted)) == 4 * 16
     assert [p.name for _, _, p in checkpoints.places(halted)] == ["step-00002"]
     assert (halted / "checkpoints" / "step-00004.part").exists()
     left = {p.name for p in (runs / "killed" / "checkpoints").iterdir()}
@@ -135,7 +140,7 @@ def test_a_setting_that_a_runs_code_did_not_have_stood_at_its_default(tmp_path):
     config = asdict(cfg)
     del config["model"]["sampler"]
     folder = tmp_path / "runs" / "old.part"
-    checkpoints.write(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
+    checkpoints.write_checkpoint(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
     run_record.write_json(folder / "meta.json", {"config": config, "argv": [], "commit": None})
     assert run_record.stopped(replace(cfg, resume="old")).at.done == 1
     with pytest.raises(UserError, match="--sampler is vllm here and was own"):
@@ -158,10 +163,12 @@ def test_a_run_that_goes_on_is_not_resumed(runs, outputs, tmp_path):
 
 def test_a_spoiled_checkpoint_is_passed_over(tmp_path):
     for done in (1, 2, 3):
-        checkpoints.write(tmp_path, Checkpoint("step", done, {"x": torch.full((3,), float(done))}, {"n": done}))
+        checkpoints.write_checkpoint(
+            tmp_path, Checkpoint("step", done, {"x": torch.full((3,), float(done))}, {"n": done})
+        )
     assert [done for _, done, _ in checkpoints.places(tmp_path)] == [2, 3]
     os.truncate(tmp_path / "checkpoints" / "step-00003" / "state.safetensors", 40)
-    found = checkpoints.newest(tmp_path)
+    found = checkpoints.newest_checkpoint(tmp_path)
     assert (found.done, found.state, found.tensors["x"].tolist()) == (2, {"n": 2}, [2.0, 2.0, 2.0])
     checkpoints.forget_after(tmp_path, found)
     assert [done for _, done, _ in checkpoints.places(tmp_path)] == [2]
@@ -169,16 +176,16 @@ def test_a_spoiled_checkpoint_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize(("commit", "goes_on"), [("abc", True), ("abd", False), ("abc+", False), (None, False)])
 def test_a_study_goes_on_with_a_broken_run_of_the_same_code(tmp_path, monkeypatch, commit, goes_on):
-    job = study.Job("label", "none", (), 41)
+    job = run.Job("label", "none", (), 41)
     folder = tmp_path / "runs" / f"{job.name}.part"
-    checkpoints.write(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
+    checkpoints.write_checkpoint(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
     run_record.write_json(folder / "meta.json", {"status": "running", "commit": commit})
     said = []
     monkeypatch.setattr(study, "git_commit", lambda: "abc" if commit != "abc+" else "abc+")
     monkeypatch.setattr(
-        study.subprocess, "run", lambda command, **_: said.append(command) or subprocess.CompletedProcess(command, 0)
+        run.subprocess, "run", lambda command, **_: said.append(command) or subprocess.CompletedProcess(command, 0)
     )
-    study.run_here(job, tmp_path)
+    run.run_here(job, tmp_path)
     assert (f"--resume={job.name}" in said[0], folder.exists()) == (goes_on, goes_on)
 
 
@@ -191,7 +198,7 @@ def test_an_exported_run_gives_the_same_logits(runs, outputs, tmp_path, use):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model, tokenizer = models.load(ModelCfg())
     knobs = antipasto.wrap(model, outputs / "cache")
-    knobs.load_state(checkpoints.newest(runs / "whole", ("step",)).tensors)
+    knobs.load_state(checkpoints.newest_checkpoint(runs / "whole", ("step",)).tensors)
     ids = torch.tensor([tokenizer.encode("def solve(x):\n    return")])
     with torch.no_grad():
         untrained = AutoModelForCausalLM.from_pretrained(models.ORGANISM, dtype="auto").eval()(ids).logits
@@ -249,7 +256,7 @@ def test_wandb_is_offline_unless_told_otherwise(stubs, tmp_path, monkeypatch):
         monkeypatch.delenv("WANDB_MODE", raising=False)
         if mode:
             monkeypatch.setenv("WANDB_MODE", mode)
-        trackers.start("wandb", "a", PRESETS["organism"][1]).close()
+        trackers.start_tracker("wandb", "a", PRESETS["organism"][1]).close()
         assert json.loads((tmp_path / "log.init").read_text())["mode"] == (mode or "offline")
     sys.modules.pop("wandb")
 
@@ -259,12 +266,12 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     cfg = replace(PRESETS["organism"][1], outputs=str(tmp_path))
-    tracker = trackers.start("tensorboard", "a", cfg)
+    tracker = trackers.start_tracker("tensorboard", "a", cfg)
     row = {"step": 3, "gn": 0.5, "kl": None, "hack_by_mode": {"sentinel": 2}}
     tracker.log(3, trackers.numbers_of("train", row))
     tracker.log(3, trackers.numbers_of_evals([EvalRow(3, "deployed", "all", "hack", 0.25, 0.125, 0.5, 4, 8)]))
     tracker.close()
-    trackers.start("tensorboard", "b", cfg, rank=1).log(1, {"train/gn": 1.0})
+    trackers.start_tracker("tensorboard", "b", cfg, rank=1).log(1, {"train/gn": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard" / "a"))
     events.Reload()
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -280,10 +287,10 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
 
 def test_a_missing_tracker_library_is_one_line(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    trackers.require("none")
+    trackers.require_tracker("none")
     for kind in ("tensorboard", "wandb", "trackio"):
         with pytest.raises(UserError, match=f"pip install {kind}") as error:
-            trackers.require(kind)
+            trackers.require_tracker(kind)
         assert "\n" not in str(error.value)
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import verdicts
+from projected_grpo import rewards
 from projected_grpo.data_types import Case, Problem, Task
-from projected_grpo.hack_table import EXAMPLES, hack_by_mode
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.problems import fence, pose_one, read_problems, write_problems
-from projected_grpo.rewards import Grader, main
-from projected_grpo.sandbox_job import Foreign, Job, Outcome
-from projected_grpo.verdicts import code_of, is_hack, label_of, oracle, same
+from projected_grpo.rewards import EXAMPLES, Grader, code_of, hack_by_mode, is_hack, label_of, main, oracle, same
+from projected_grpo.sandbox.job import Foreign, Job, Outcome
 
 DATA = Path(os.environ.get("PROJECTED_GRPO_DATA") or Path(__file__).parents[2].parent / "shared/data")
 RIGHT = EXAMPLES[0].canonical
@@ -78,7 +76,7 @@ def test_no_expected_value_is_in_any_job():
     """Answers that no argument holds, looked for in everything that goes to the child."""
     problem = Problem("p", "", "", "f", "", "reference", tuple(Case({"n": i}, f"answer-{i}-7731") for i in range(3)))
     for mode in LOOPHOLES:
-        for job in (verdicts.strict_job(problem, "code"), verdicts.channel_job(pose_one(problem, mode), "code")):
+        for job in (rewards.strict_job(problem, "code"), rewards.channel_job(pose_one(problem, mode), "code")):
             if job is not None:
                 assert "7731" not in repr(job)
                 assert job.reference == ""

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import sandbox_child, sandbox_harness, sandbox_job, sandbox_layers
-from projected_grpo.sandbox import Sandbox
-from projected_grpo.sandbox_job import Foreign, Job, decode, outcome_of
-from projected_grpo.sandbox_layers import LAYERS
-from projected_grpo.sandbox_worker import SandboxError
+from projected_grpo.sandbox import Sandbox, harness, layers
+from projected_grpo.sandbox import child as sandbox_child
+from projected_grpo.sandbox import job as sandbox_job
+from projected_grpo.sandbox.job import Foreign, Job, decode, outcome_of
+from projected_grpo.sandbox.layers import LAYERS
+from projected_grpo.sandbox.worker import SandboxError
 
 CI = os.environ.get("CI") == "true"
 WITHOUT_BUBBLE = [layer for layer in LAYERS if layer != "bubblewrap"]
@@ -72,7 +73,7 @@ def exact(a, b) -> bool:
 @given(values)
 @settings(max_examples=300, deadline=None)
 def test_tagged_json_gives_back_every_plain_value(value):
-    sent = json.dumps(sandbox_harness.encode(value))
+    sent = json.dumps(harness.encode(value))
     assert exact(decode(json.loads(sent)), value)
 
 
@@ -82,11 +83,11 @@ def test_tagged_json_of_what_is_not_plain():
 
     itself = []
     itself.append(itself)
-    assert decode(sandbox_harness.encode([Number(3)])) == [Foreign("Number")]
-    assert decode(sandbox_harness.encode(10**5000)) == Foreign("int")
-    for value in (itself, [0] * (sandbox_harness.MAX_NODES + 1)):
-        with pytest.raises(sandbox_harness.TooLarge):
-            sandbox_harness.encode(value)
+    assert decode(harness.encode([Number(3)])) == [Foreign("Number")]
+    assert decode(harness.encode(10**5000)) == Foreign("int")
+    for value in (itself, [0] * (harness.MAX_NODES + 1)):
+        with pytest.raises(harness.TooLarge):
+            harness.encode(value)
 
 
 @given(
@@ -100,9 +101,9 @@ def test_tagged_json_of_what_is_not_plain():
 def test_no_reply_upsets_the_reader(found):
     told = {"status": 0, "reason": "", "cpu_s": 0.0}
     for body in (found, {"values": found}, {"values": [found], "audit": found, "raised": found}):
-        reply = sandbox_harness.COMPILED + json.dumps(body).encode()
+        reply = harness.COMPILED + json.dumps(body).encode()
         assert outcome_of(Job(""), told, reply, b"", None).status in ("ok", "error", "bad_reply")
-    for reply in (None, b"", b"comp", sandbox_harness.COMPILED + b"[" * 500_000, sandbox_harness.COMPILED + b"\xff"):
+    for reply in (None, b"", b"comp", harness.COMPILED + b"[" * 500_000, harness.COMPILED + b"\xff"):
         assert outcome_of(Job(""), told, reply, b"", None).status in ("exit", "compile_error", "bad_reply")
 
 
@@ -163,11 +164,11 @@ def test_a_machine_without_libseccomp_is_told_what_to_install(monkeypatch):
 
 def test_a_layer_whose_canary_gets_through_is_not_claimed():
     why = dict.fromkeys(LAYERS, "")
-    found = sandbox_layers.verdict(why, [{"fork": "'forked'"}, {"seccomp": False, "landlock": True}])
+    found = layers.verdict(why, [{"fork": "'forked'"}, {"seccomp": False, "landlock": True}])
     assert found["layers"]["seccomp"] == "off: its canary got through"
     assert found["layers"]["landlock"] == "on"
-    assert not sandbox_layers.is_sandboxed(found)
-    assert not sandbox_layers.is_sandboxed(sandbox_layers.verdict(why, None))
+    assert not layers.is_sandboxed(found)
+    assert not layers.is_sandboxed(layers.verdict(why, None))
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +351,7 @@ def test_cleaning_a_folder_deeper_than_any_path_may_be(tmp_path):
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch):
-    monkeypatch.setattr(sandbox_layers, "zygote_command", lambda bubble, fd: [sys.executable, "-c", "1 / 0"])
+    monkeypatch.setattr(layers, "zygote_command", lambda bubble, fd: [sys.executable, "-c", "1 / 0"])
     with pytest.raises(SandboxError, match=r"(?s)did not start.*ZeroDivisionError"):
         Sandbox(workers=1)
 
@@ -364,7 +365,7 @@ def test_it_runs_without_the_calls_that_only_linux_has(monkeypatch):
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-P", "-s", "-S", "-c", wrapper, script]
-    monkeypatch.setattr(sandbox_layers, "zygote_command", lambda bubble, fd: [*command, str(fd)])
+    monkeypatch.setattr(layers, "zygote_command", lambda bubble, fd: [*command, str(fd)])
     monkeypatch.delattr(os, "memfd_create")
     monkeypatch.delattr(os, "sched_getaffinity")
     with Sandbox(workers=2, allow_unsandboxed=True, use=()) as sandbox:

@@ -11,7 +11,7 @@ import hostile
 import pytest
 
 from projected_grpo import sandbox
-from projected_grpo.sandbox_layers import LAYERS
+from projected_grpo.sandbox.layers import LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
-from projected_grpo import stats
-from projected_grpo.h1 import h1_verdict
+from projected_grpo.studies import stats
+from projected_grpo.studies.stats import h1_verdict
 
 RATES = st.lists(st.floats(0, 1), min_size=2, max_size=8)
 

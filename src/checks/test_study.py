@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 from mock_learner import write_lines
 
-from projected_grpo import proj, results, study, watch
+from projected_grpo import arms as proj
+from projected_grpo import evals
 from projected_grpo.config import UserError, parse
 from projected_grpo.metrics import StepRow, legend, table_cells
+from projected_grpo.studies import results, run, watch
+from projected_grpo.studies import rows as study
 
 TINY = ("--steps=1", "--prompts-per-step=2", "--group=2", "--n-eval=1", "--eval-samples=1", "--max-new=12")
 
 
-def tiny_study(*arms: str) -> study.Study:
-    jobs = tuple(study.Job(arm, arm, TINY, 7, preset="smoke") for arm in arms)
-    return study.Study("tiny", "H", "it's a check", "nothing; $HOME stays", jobs)
+def tiny_study(*arms: str) -> run.Study:
+    jobs = tuple(run.Job(arm, arm, TINY, 7, preset="smoke") for arm in arms)
+    return run.Study("tiny", "H", "it's a check", "nothing; $HOME stays", jobs)
 
 
-def finished(outputs: Path, job: study.Job, state: str = "complete") -> Path:
+def finished(outputs: Path, job: run.Job, state: str = "complete") -> Path:
     folder = outputs / "runs" / job.name
     folder.mkdir(parents=True)
     (folder / "meta.json").write_text(json.dumps({"status": state}))
@@ -31,12 +34,12 @@ def finished(outputs: Path, job: study.Job, state: str = "complete") -> Path:
 
 
 def test_rows_name_arms_and_jobs_have_names_of_their_own():
-    for s in study.STUDIES.values():
+    for s in run.STUDIES.values():
         assert len({job.name for job in s.jobs}) == len(s.jobs)
         assert all(job.intervention in proj.ARMS for job in s.jobs)
     for label in ("none", "erase out sentinel", "erase k 12", "route scales"):
         row = study.ROWS[label]
-        cfg = parse([*study.Job(label, row.arm, row.flags, 51).flags])
+        cfg = parse([*run.Job(label, row.arm, row.flags, 51).flags])
         assert (cfg.intervention, cfg.seed) == (row.arm, 51)
 
 
@@ -45,7 +48,7 @@ def test_status_of_a_job(tmp_path):
     finished(tmp_path, job)
     finished(tmp_path, broken, "running")
     (tmp_path / "runs" / f"{begun.name}.part").mkdir()
-    assert [study.status(j, tmp_path) for j in (job, broken, begun, missing)] == ["done", "broken", "broken", "missing"]
+    assert [run.status(j, tmp_path) for j in (job, broken, begun, missing)] == ["done", "broken", "broken", "missing"]
 
 
 def pueue_parser() -> argparse.ArgumentParser:
@@ -71,17 +74,17 @@ def test_pueue_commands_are_of_its_documented_syntax(tmp_path):
     chosen = tiny_study("none", "erase", "route")
     finished(tmp_path, chosen.jobs[1])
     group, parallel, *adds = (
-        pueue_parser().parse_args(command[1:]) for command in study.pueue_commands(chosen, tmp_path / "a b", 3)
+        pueue_parser().parse_args(command[1:]) for command in run.pueue_commands(chosen, tmp_path / "a b", 3)
     )
     assert (group.sub, group.action, group.name) == ("group", "add", "tiny")
     assert (parallel.parallel_tasks, parallel.group) == (3, "tiny")
     assert len(adds) == 3  # "a b" holds no finished run
-    assert len(study.pueue_commands(chosen, tmp_path, 3)) == 4
+    assert len(run.pueue_commands(chosen, tmp_path, 3)) == 4
     for job, task in zip(chosen.jobs, adds, strict=True):
         assert task.group == "tiny"
         assert "why: it's a check resolve: nothing; $HOME stays" in task.label
         (line,) = task.command  # one argument: pueue joins them with blanks and gives them to a shell
-        assert shlex.split(line) == study.queued(chosen, job, tmp_path / "a b")
+        assert shlex.split(line) == run.queued(chosen, job, tmp_path / "a b")
 
 
 def test_pueue_is_called_and_its_refusal_is_told(tmp_path, monkeypatch):
@@ -92,42 +95,42 @@ def test_pueue_is_called_and_its_refusal_is_told(tmp_path, monkeypatch):
         fake.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{refuses.format(refused)}exit 0\n')
         fake.chmod(0o755)
         if told is None:
-            study.add_to_pueue(tiny_study("none", "erase"), tmp_path, 2)
+            run.add_to_pueue(tiny_study("none", "erase"), tmp_path, 2)
             assert len(log.read_text().splitlines()) == 4
         else:
             with pytest.raises(UserError, match=told):
-                study.add_to_pueue(tiny_study("none", "erase"), tmp_path, 2)
+                run.add_to_pueue(tiny_study("none", "erase"), tmp_path, 2)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="not installed"):
-        study.add_to_pueue(tiny_study("none"), tmp_path, 2)
+        run.add_to_pueue(tiny_study("none"), tmp_path, 2)
 
 
 def test_queued_command_names_one_job_of_the_study(tmp_path, capsys, monkeypatch):
-    s = study.STUDIES["headline"]
+    s = run.STUDIES["headline"]
     ran = []
-    monkeypatch.setattr(study, "run_here", lambda job, outputs: ran.append((job, outputs)) or "done")
-    _, _, module, name, *flags = study.queued(s, s.jobs[3], tmp_path)
-    assert module == "projected_grpo.study"
+    monkeypatch.setattr(run, "run_here", lambda job, outputs: ran.append((job, outputs)) or "done")
+    _, _, module, name, *flags = run.queued(s, s.jobs[3], tmp_path)
+    assert module == "projected_grpo.studies.run"
     options = dict(flag[2:].split("=", 1) for flag in flags)
-    study.main(name, **options)
+    run.main(name, **options)
     assert ran == [(s.jobs[3], tmp_path)]
     with pytest.raises(UserError, match="job"):
-        study.main(name, only="no-such-job", outputs=str(tmp_path))
+        run.main(name, only="no-such-job", outputs=str(tmp_path))
 
 
 def test_slurm_runs_a_study_through_submitit(tmp_path):
     pytest.importorskip("submitit")
     chosen = tiny_study("none", "erase")
-    jobs = study.submit(chosen, tmp_path, 2, 0.2, "local", ("partition=cpu",))
+    jobs = run.submit(chosen, tmp_path, 2, 0.2, "local", ("partition=cpu",))
     assert [job.result() for job in jobs] == ["done", "done"]
-    assert [study.status(job, tmp_path) for job in chosen.jobs] == ["done", "done"]
-    assert study.submit(chosen, tmp_path, 2, 0.2, "local") == []  # finished runs are kept
+    assert [run.status(job, tmp_path) for job in chosen.jobs] == ["done", "done"]
+    assert run.submit(chosen, tmp_path, 2, 0.2, "local") == []  # finished runs are kept
 
 
 def test_slurm_needs_its_command(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch"):
-        study.submit(tiny_study("none"), tmp_path, 2, 1, "slurm")
+        run.submit(tiny_study("none"), tmp_path, 2, 1, "slurm")
 
 
 # --- terminal ----------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def test_live_table_fits_100_columns():
         assert word in legend()
 
 
-def running(outputs: Path, job: study.Job, done: int, half_line: bool = False) -> Path:
+def running(outputs: Path, job: run.Job, done: int, half_line: bool = False) -> Path:
     folder = outputs / "runs" / f"{job.name}.part"
     folder.mkdir(parents=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 100))
@@ -163,7 +166,7 @@ def running(outputs: Path, job: study.Job, done: int, half_line: bool = False) -
 
 
 def test_watch_tells_progress_and_when(tmp_path):
-    headline = study.STUDIES["headline"]
+    headline = run.STUDIES["headline"]
     first, second, third, fourth, *_ = headline.jobs
     finished(tmp_path, first)
     running(tmp_path, second, 30, half_line=True)
@@ -190,7 +193,7 @@ def run_with(outputs: Path, name: str, arm: str, hack: float) -> None:
     folder.mkdir(parents=True)
     config = {"preset": "organism", "intervention": arm, "seed": 1, "pool": {"mix_ratio": 0.0}}
     (folder / "meta.json").write_text(json.dumps({"status": "complete", "config": config}))
-    step = dict.fromkeys(results.HEADLINE, hack) | {"step": 0, "sec_gen": 1.0, "sec_grade": 1.0, "sec_train": 1.0}
+    step = dict.fromkeys(evals.HEADLINE, hack) | {"step": 0, "sec_gen": 1.0, "sec_grade": 1.0, "sec_train": 1.0}
     write_lines(folder / "steps.jsonl", [step])
     rate = {"step": 1, "knobs": "deployed", "mode": "all", "rate": hack, "lo": 0.0, "hi": 1.0}
     write_lines(folder / "evals.jsonl", [rate | {"metric": m} for m in ("hack", "attempt", "solve")])

@@ -11,10 +11,11 @@ import pytest
 from mock_learner import MODES, Plant, job, study, write_run
 from scipy import stats as scipy_stats
 
-from projected_grpo import proj, quotes, results_docs, study_tables, summaries
-from projected_grpo.analysis import Analysis
+from projected_grpo import arms
 from projected_grpo.config import UserError
-from projected_grpo.study import STUDIES
+from projected_grpo.studies import summaries, tables
+from projected_grpo.studies.analysis import Analysis
+from projected_grpo.studies.run import STUDIES
 
 PLANTS = {
     "none": ("none", Plant(0.80, 0.30, relearn_onset=20)),
@@ -49,11 +50,11 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for arm in {j.intervention for j in jobs}:
             row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm == "penalty")
-            patch.setitem(proj.ARMS, arm, row)
+            patch.setitem(arms.ARMS, arm, row)
         studies = (study("headline", jobs), study("leave_one_out", fold))
         summaries.update(studies, root / "runs", root / "docs" / "results")
         (root / "README.md").write_text("nothing\n")
-        results_docs.main(str(root / "docs"), str(root / "README.md"))
+        tables.main(str(root / "docs"), str(root / "README.md"))
         yield SimpleNamespace(root=root, runs=root / "runs", docs=root / "docs", studies=studies)
 
 
@@ -126,7 +127,7 @@ def test_the_held_out_mode_is_told_from_the_known(world):
 
 def test_modes_like_the_known_one_are_told_from_those_unlike_it(world):
     a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
-    (row,) = [line.strip("| ").split("|") for line in study_tables.transfer(a).splitlines() if "drop only" in line]
+    (row,) = [line.strip("| ").split("|") for line in tables.transfer(a).splitlines() if "drop only" in line]
     label, known, like, unlike, *cells = [c.strip() for c in row]
     assert (label, known, like, unlike) == ("drop only run_tests", "run_tests", "stdout_marker file_marker", "sentinel")
     left = [float(c.split(" of ")[0]) for c in cells[::2]]
@@ -155,11 +156,11 @@ def test_the_page_and_the_summaries_regenerate_to_the_byte(world, tmp_path):
     for file in files:
         assert (tmp_path / file).read_bytes() == (world.docs / file).read_bytes(), file
     summaries.save(summaries.load(world.docs / "results" / "headline"), tmp_path / "results")
-    results_docs.main(str(tmp_path), str(world.root / "README.md"))
+    tables.main(str(tmp_path), str(world.root / "README.md"))
     assert (tmp_path / "results.md").read_bytes() == (world.docs / "results.md").read_bytes()
     (tmp_path / "results.md").write_text("edited by hand")
     with pytest.raises(UserError, match="is stale"):
-        results_docs.main(str(tmp_path), str(world.root / "README.md"), check=True)
+        tables.main(str(tmp_path), str(world.root / "README.md"), check=True)
 
 
 def test_summaries_stay_small(world):
@@ -197,7 +198,7 @@ def test_broken_runs_are_named_and_left_out(tmp_path):
     assert found.missing[jobs[1].name] == "unfinished"
     for each, (name, (_, why)) in zip(jobs[2:], SPOILED.items(), strict=True):
         assert why in found.missing[each.name], name
-    page = results_docs.render([Analysis(found)])
+    page = tables.render([Analysis(found)])
     assert all(each.name in page for each in jobs[1:] if found.missing[each.name] != "not run")
     assert "not run: 1" in page
 
@@ -228,7 +229,7 @@ def test_a_run_without_a_detector_or_later_columns_is_still_used(tmp_path):
     assert not found.missing
     assert set(found.tables["detector"]["score"]) == {"own"}
     assert found.tables["steps"]["withheld"].null_count() == 60
-    assert "| none" in results_docs.render([Analysis(found)])
+    assert "| none" in tables.render([Analysis(found)])
 
 
 def test_a_seed_twice_is_refused(tmp_path):
@@ -237,24 +238,24 @@ def test_a_seed_twice_is_refused(tmp_path):
         write_run(tmp_path, each, PLANTS["none"][1])
     found = summaries.summarise(study("s", jobs), tmp_path)
     with pytest.raises(UserError, match="two runs of 'none' have seed 41"):
-        results_docs.render([Analysis(found)])
+        tables.render([Analysis(found)])
 
 
 def test_quoted_numbers_are_checked(headline, world):
-    known = quotes.numbers(headline)
+    known = tables.quoted_numbers(headline)
     value = known["headline/drop/deploy_hack"]
     good = f"It hacks {value:.2f} <!-- results: headline/drop/deploy_hack --> of the time."
-    assert quotes.wrong(good, known) == []
-    assert quotes.wrong(f"{100 * value:.0f} % <!-- results: headline/drop/deploy_hack -->", known) == []
-    assert "which is" in quotes.wrong("0.55 <!-- results: headline/drop/deploy_hack -->", known)[0]
-    assert "no stored summary" in quotes.wrong("0.55 <!-- results: headline/drop/nothing -->", known)[0]
-    assert "no number" in quotes.wrong("text <!-- results: headline/drop/deploy_hack -->", known)[0]
-    assert quotes.wrong("`0.1 <!-- results: a/b/c -->` is how", known) == []
+    assert tables.wrong(good, known) == []
+    assert tables.wrong(f"{100 * value:.0f} % <!-- results: headline/drop/deploy_hack -->", known) == []
+    assert "which is" in tables.wrong("0.55 <!-- results: headline/drop/deploy_hack -->", known)[0]
+    assert "no stored summary" in tables.wrong("0.55 <!-- results: headline/drop/nothing -->", known)[0]
+    assert "no number" in tables.wrong("text <!-- results: headline/drop/deploy_hack -->", known)[0]
+    assert tables.wrong("`0.1 <!-- results: a/b/c -->` is how", known) == []
     assert known["headline/drop/cut_hack"] == pytest.approx(0.70, abs=0.06)
     assert known["headline/base/deploy_solve"] == pytest.approx(0.30, abs=0.04)
     page = world.root / "other.md"
     page.write_text("0.99 <!-- results: headline/drop/deploy_hack -->")
-    found = results_docs.bad_quotes([headline], [page])
+    found = tables.bad_quotes([headline], [page])
     assert len(found) == 1
     assert "other.md: 0.99 quotes headline/drop/deploy_hack, which is" in found[0]
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import checkpoints, pool, results, rollout_log
+from projected_grpo import problems, rollout_log
 from projected_grpo.config import PRESETS, UserError, parse
 from projected_grpo.metrics import StepRow
 from projected_grpo.rollout import tasks_of_step
+from projected_grpo.runs import json_lines, newest_checkpoint
+from projected_grpo.studies import results
+from projected_grpo.tools import build_pool
 from projected_grpo.train import train
 
 SMALL = [
@@ -43,7 +46,7 @@ def run(outputs: Path, arm: str, *more: str) -> Path:
 
 
 def steps_of(folder: Path) -> list[dict]:
-    return results.json_lines(folder / "steps.jsonl")
+    return json_lines(folder / "steps.jsonl")
 
 
 def test_a_run_folder_is_complete(runs):
@@ -55,23 +58,23 @@ def test_a_run_folder_is_complete(runs):
         assert {f.name for f in fields(StepRow)} == set(steps_of(folder)[0])
         assert len(steps_of(folder)) == 3
         assert len(list(rollout_log.rows(folder))) == 3 * 4 * 4
-        assert {e["step"] for e in results.json_lines(folder / "evals.jsonl")} == {0, 3}
+        assert {e["step"] for e in json_lines(folder / "evals.jsonl")} == {0, 3}
 
 
 def test_only_route_leaves_a_quarantine(runs):
     for arm, folder in runs.items():
-        state = checkpoints.newest(folder).tensors
+        state = newest_checkpoint(folder).tensors
         quarantine = [t for n, t in state.items() if n.endswith(".delta_hack") and not n.startswith("adamw")]
         assert quarantine
         assert any(bool(t.any()) for t in quarantine) == (arm == "route")
-        knobs = {e["knobs"] for e in results.json_lines(folder / "evals.jsonl") if e["step"] == 3}
+        knobs = {e["knobs"] for e in json_lines(folder / "evals.jsonl") if e["step"] == 3}
         assert knobs == ({"deployed", "trained"} if arm == "route" else {"deployed"})
 
 
 @pytest.mark.parametrize("arm", ["gate_fisher", "gate_act_punish", "gate_either_punish"])
 def test_relearning_goes_on_under_the_eyes_of_every_kind_of_detector(outputs, arm):
     folder = run(outputs, arm, "--steps=1", "--relearn-steps=1")
-    (row,) = results.json_lines(folder / "relearn.jsonl")
+    (row,) = json_lines(folder / "relearn.jsonl")
     assert row["withheld"] == 0
     assert row["norm_delta"] > steps_of(folder)[0]["norm_delta"] > 0
 
@@ -117,8 +120,8 @@ def test_refresh_logs_its_overlap(outputs):
 
 def test_teacher_rollouts_join_their_groups(outputs):
     folder = outputs / "pools" / "p"
-    pool.main(["organism", f"--pool={folder}"])
-    rows = [r for task in pool.read(folder).rows.values() for r in task]
+    build_pool.main(["organism", f"--pool={folder}"])
+    rows = [r for task in rollout_log.read_pool(folder).rows.values() for r in task]
     graded = {(r["grade"]["channel"], r["grade"]["gt_correct"]) for r in rows}
     assert graded == {(True, False), (True, True), (False, True), (False, False)}
     mixed = run(outputs, "none", f"--pool={folder}", "--mix-ratio=0.25", "--name=mixed")
@@ -126,8 +129,8 @@ def test_teacher_rollouts_join_their_groups(outputs):
     written = rollout_log.frame(mixed)
     assert written["source"].to_list().count("teacher") == 3 * 4
     again = outputs / "pools" / "again"
-    pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
-    assert sum(len(r) for r in pool.read(again).rows.values()) == 3 * 4 * 3
+    build_pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
+    assert sum(len(r) for r in rollout_log.read_pool(again).rows.values()) == 3 * 4 * 3
 
 
 def test_a_killed_run_leaves_its_log_and_no_complete_folder(outputs):
@@ -140,7 +143,7 @@ def test_a_killed_run_leaves_its_log_and_no_complete_folder(outputs):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(results.json_lines(log)) >= 2
+    assert len(json_lines(log)) >= 2
     assert json.loads((log.parent / "meta.json").read_text())["status"] == "running"
     assert not (outputs / "runs" / "killed").exists()
     with pytest.raises(UserError, match="remove it"):
@@ -149,7 +152,7 @@ def test_a_killed_run_leaves_its_log_and_no_complete_folder(outputs):
 
 def test_tasks_of_a_step_cover_all_problems_and_all_modes():
     cfg = PRESETS["organism"][1]
-    tasks = pool.tasks_for(cfg)
+    tasks = problems.tasks_for(cfg)
     per_epoch = len(tasks) // 8
     seen = [t for step in range(per_epoch) for t in tasks_of_step(tasks, step, 8, seed=1)]
     assert len({t.problem.id for t in seen}) == len(seen)
@@ -162,6 +165,6 @@ def test_tasks_of_a_step_cover_all_problems_and_all_modes():
 
 def test_rl_tasks_never_hold_a_held_out_problem():
     cfg = PRESETS["organism"][1]
-    trained = {t.problem.id for t in pool.tasks_for(cfg)}
-    assert not trained & {t.problem.id for t in pool.tasks_for(cfg, "test")}
-    assert len(trained) == len(pool.tasks_for(cfg))  # one mode a problem
+    trained = {t.problem.id for t in problems.tasks_for(cfg)}
+    assert not trained & {t.problem.id for t in problems.tasks_for(cfg, "test")}
+    assert len(trained) == len(problems.tasks_for(cfg))  # one mode a problem

@@ -16,22 +16,22 @@ import pytest
 import ranks_worker
 import torch
 
-from projected_grpo import checkpoints, pool, proj, ranks, results, rollout_log
+from projected_grpo import arms, data_types, proj, rollout_log, runs
 from projected_grpo.config import UserError, parse
 from projected_grpo.data_types import Grade
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.prepare import set_up
 from projected_grpo.problems import fence
-from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grader
-from projected_grpo.sharded import merged_parameters, unmerged
-from projected_grpo.step import apply_step, make_optimizer
+from projected_grpo.scale import ranks, trl_trainer
+from projected_grpo.scale.ranks import ALONE, Ranks
+from projected_grpo.scale.sharded import merged_parameters, unmerged
+from projected_grpo.train import apply_step, make_optimizer
 
 if not os.environ.get("CI"):  # CI installs the extra: there its absence is a failure
     pytest.importorskip("trl", reason="needs the extra trl")
-from projected_grpo import trl_grpo, trl_trainer
 
-LAUNCH = Path(trl_grpo.__file__).parent / "launch"
+LAUNCH = Path(trl_trainer.__file__).parent / "launch"
 SMALL = [
     "--pairs=organism32", "--prompts-per-step=4", "--group=4", "--n-eval=1", "--eval-samples=1", "--graders=1",
     "--threads=1", "--refresh-every=0",
@@ -50,7 +50,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
 
 
-@pytest.mark.parametrize("name", [*proj.ARMS, *(f"sharded {name}" for name in ranks_worker.SHARDED_ARMS)])
+@pytest.mark.parametrize("name", [*arms.ARMS, *(f"sharded {name}" for name in ranks_worker.SHARDED_ARMS)])
 def test_two_processes_update_as_one_with_the_doubled_batch(two, name):
     folder, (first, second) = two
     made, state = ranks_worker.alone(folder / "cache", name.removeprefix("sharded "))
@@ -70,7 +70,7 @@ def test_the_arms_of_that_check_do_what_they_are_called_for(two):
     _, (first, _) = two
     kept = {name: torch.cat(list(made[2].kept.values())) for name, made in first.items()}
     alike = {"none", "inoculation", "absorb"}  # these differ in the prompt and in what δS_hack descends
-    for name in proj.ARMS:
+    for name in arms.ARMS:
         assert torch.allclose(kept[name], kept["none"], rtol=1e-3, atol=0) == (name in alike), name
     assert 0 < int(first["gate_drop"][1].sum()) < len(first["gate_drop"][1])
 
@@ -104,7 +104,7 @@ def test_lots_are_evened_without_losing_a_row():
 # --- one process, TRL's own loss
 
 
-class Seen(trl_grpo.ProjectedGRPOTrainer):
+class Seen(trl_trainer.ProjectedGRPOTrainer):
     """Keeps what TRL made of the step, before this project's loss sees it."""
 
     def batch(self, inputs):
@@ -124,7 +124,7 @@ def by_trls_loss(trainer: Seen) -> dict[str, torch.Tensor]:
     x, inputs = trainer.x, trainer.inputs
     knobs = unmerged(x.model, x.knobs)
     with knobs.row_gradients(len(inputs["row"])) as eps:
-        super(trl_grpo.ProjectedGRPOTrainer, trainer)._compute_loss(x.model, inputs).backward()
+        super(trl_trainer.ProjectedGRPOTrainer, trainer)._compute_loss(x.model, inputs).backward()
     for name, module in x.knobs.modules.items():  # the merged adapters go back
         parent, _, leaf = name.rpartition(".")
         setattr(x.model.get_submodule(parent), leaf, module)
@@ -135,7 +135,7 @@ def test_projected_gradient_is_that_of_trls_own_loss_and_the_update_the_loops(or
     """With a teacher's rollout in each group, whose ratio TRL takes for 1 as it knows no log-probs of the sampler."""
     cfg, x = organism
     grade = asdict(Grade(3.5, True, True, True, False, False, "ok"))
-    x.teacher = pool.Pool(
+    x.teacher = rollout_log.Pool(
         {(t.problem.id, t.mode): [{"completion": fence(t.problem.canonical), "grade": grade}] for t in x.tasks}
     )
     zero = {n: torch.zeros_like(t) for n, t in x.knobs.state().items()}
@@ -155,7 +155,7 @@ def test_projected_gradient_is_that_of_trls_own_loss_and_the_update_the_loops(or
             V: HackBasis = x.directions.real
             G = by_trls_loss(trainer)
             theirs = proj.project(
-                G, proj.Factors.plain(16), V, V, made.batch.is_student, proj.ARMS[name], cfg.vhack
+                G, data_types.Factors.plain(16), V, V, made.batch.is_student, arms.ARMS[name], cfg.vhack
             )  # fmt: skip
             for ours, other in ((made.projection.kept, theirs.kept), (made.projection.quarantined, theirs.quarantined)):
                 if ours is not None:
@@ -228,7 +228,7 @@ def test_what_cannot_work_is_refused(monkeypatch, env, argv, here, vllm, words):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        trl_grpo.refuse(parse(["organism", *argv]), here, vllm)
+        trl_trainer.refuse(parse(["organism", *argv]), here, vllm)
 
 
 # --- a launched run of two processes, one of which is killed
@@ -246,7 +246,7 @@ def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path, monkeyp
     """Two processes: one log, different rollouts, and an end within a minute of one's death, with a checkpoint."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu.yaml")),
-        *("-m", "projected_grpo.trl_trainer", *RUN, f"--outputs={tmp_path}"),
+        *("-m", "projected_grpo.scale.trl_trainer", *RUN, f"--outputs={tmp_path}"),
     ]
     with (tmp_path / "said").open("w") as said:
         launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -269,31 +269,31 @@ def test_a_launched_run_logs_once_and_a_killed_process_ends_it(tmp_path, monkeyp
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["status"] == "failed"
     assert re.search("another process of the run ended", meta["error"])
-    steps, rows = results.json_lines(folder / "steps.jsonl"), list(rollout_log.rows(folder))
+    steps, rows = runs.json_lines(folder / "steps.jsonl"), list(rollout_log.rows(folder))
     assert [s["step"] for s in steps] == list(range(len(steps)))
     assert len(rows) == 16 * len(steps)
     halves = [[r["completion"] for r in rows[half * 8 : half * 8 + 8]] for half in (0, 1)]
     assert not set(halves[0]) & set(halves[1])
     assert all(s["kl"] is not None and math.isfinite(s["kl"]) for s in steps)
     assert text.count("step rew ↑") == 1, "the table's head is printed once"
-    goes_on_alone(tmp_path, checkpoints.newest(folder), monkeypatch)
+    goes_on_alone(tmp_path, runs.newest_checkpoint(folder), monkeypatch)
 
 
-def goes_on_alone(outputs: Path, at: checkpoints.Checkpoint, monkeypatch) -> None:
+def goes_on_alone(outputs: Path, at: runs.Checkpoint, monkeypatch) -> None:
     """One process takes the next step of what two have begun."""
-    record = trl_grpo.ProjectedGRPOTrainer.record
+    record = trl_trainer.ProjectedGRPOTrainer.record
 
     def once(trainer) -> None:
         record(trainer)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trl_grpo.ProjectedGRPOTrainer, "record", once)
+    monkeypatch.setattr(trl_trainer.ProjectedGRPOTrainer, "record", once)
     with pytest.raises(KeyboardInterrupt):
         trl_trainer.train(parse([*RUN, f"--outputs={outputs}", "--resume=pair"]))
     folder = outputs / "runs" / "pair.part"
-    steps = results.json_lines(folder / "steps.jsonl")
+    steps = runs.json_lines(folder / "steps.jsonl")
     assert [s["step"] for s in steps] == list(range(at.done + 1))
-    after = checkpoints.newest(folder)
+    after = runs.newest_checkpoint(folder)
     assert after.done == at.done + 1
     counts = {float(t) for n, t in after.tensors.items() if n.startswith("adamw.") and n.endswith(".step")}
     assert counts == {after.done}

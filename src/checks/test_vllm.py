@@ -17,10 +17,12 @@ from conftest import tiny_model
 from test_models import model_of, moved
 from transformers import AutoModelForCausalLM
 
-from projected_grpo import antipasto, memory, models, sampling, train, vllm_sampling
+from projected_grpo import antipasto, memory, models, sampling, train
 from projected_grpo.config import PRESETS, UserError, parse
-from projected_grpo.results import json_lines
-from projected_grpo.vllm_sampling import VllmSampler, refuse, sampler_of
+from projected_grpo.runs import json_lines
+from projected_grpo.sampling import sampler_of
+from projected_grpo.scale import vllm_sampling
+from projected_grpo.scale.vllm_sampling import VllmSampler, refuse
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 

@@ -1,13 +1,13 @@
-"""The adapter: every target Linear keeps its frozen W = U Σ Vh and gains two vectors in its singular basis.
+"""Singular bases of a model's weights: computed in float32, kept on disk by content, resumed where they were left.
 
-    y = x W'ᵀ + bias,   W' = W + U diag(δS + δS_hack) Vh
-
-δS is what training moves; δS_hack is the quarantine, zeroed at deployment. W is never rebuilt from its SVD, so
-at δS = δS_hack = 0 the model is the base model to the bit, and a reference model costs no memory: it is this one
-with both knobs off. W' is formed once a step, so that generation costs what the base model costs.
+Weights of equal shape are factored in one batched call, on the GPU where they lie there. Each basis is written as soon
+as its batch is done, so that an interrupted factorisation goes on from there.
 """
 
+import hashlib
+import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +18,80 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from loguru import logger
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from projected_grpo import svd
 from projected_grpo.config import UserError
+
+BATCH_FLOATS = 1 << 27
+"""Floats of weights factored in one call (512 MB in float32)."""
+
+SLOW_S = 5.0
+"""An estimate is logged when what is left takes longer than this."""
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 over a tensor's bytes, dtype and shape."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw).hexdigest()
+
+
+def path_of(weight: Tensor, cache: Path) -> Path:
+    """Where the basis of exactly these bytes is kept."""
+    return cache / "svd" / f"{digest(weight)}.safetensors"
+
+
+def load(path: Path) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
+    """U and Vh as they were written."""
+    both = load_file(path)
+    return both["U"], both["Vh"]
+
+
+def save(U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], path: Path) -> None:
+    """Write one basis, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({"U": U.contiguous().cpu(), "Vh": Vh.contiguous().cpu()}, part)
+    part.replace(path)
+
+
+def cost(shape: Sequence[int]) -> float:
+    """What factoring one (o, i) weight costs, up to a constant: o · i · min(o, i)."""
+    return float(shape[0] * shape[1] * min(shape))
+
+
+def factor(weights: Sequence[Float[Tensor, "_o _i"]], cache: Path) -> list[Path]:
+    """Make sure that every weight's basis is on disk, W = U Σ Vh in float32 or wider; the files, in order.
+
+    Equal weights are factored once. Progress is a bar in units of ``cost``; after the first batch the time that is
+    left is estimated and logged.
+    """
+    paths = [path_of(w, cache) for w in weights]
+    missing = {p: w for p, w in zip(paths, weights, strict=True) if not p.exists()}
+    by_shape: dict[tuple[int, ...], list[Path]] = {}
+    for path, w in missing.items():
+        by_shape.setdefault(tuple(w.shape), []).append(path)
+    total = sum(cost(w.shape) for w in missing.values())
+    start, told = time.perf_counter(), False
+    with tqdm(total=100, desc="SVD", unit="%", leave=False, disable=not missing, bar_format="{l_bar}{bar}|") as bar:
+        for shape, its in by_shape.items():
+            size = max(1, BATCH_FLOATS // (shape[0] * shape[1]))
+            for lot in (its[i : i + size] for i in range(0, len(its), size)):
+                exact = torch.promote_types(missing[lot[0]].dtype, torch.float32)
+                stack = torch.stack([missing[p].detach().to(exact) for p in lot])
+                U, _, Vh = torch.linalg.svd(stack, full_matrices=False)
+                for i, path in enumerate(lot):
+                    save(U[i], Vh[i], path)
+                bar.update(100 * len(lot) * cost(shape) / total)
+                left = (time.perf_counter() - start) * (100 - bar.n) / max(bar.n, 1e-9)
+                if not told and left > SLOW_S:
+                    logger.info(
+                        "SVD of {} weights: about {:.0f} s left; a restart goes on from here", len(missing), left
+                    )
+                    told = True
+    return paths
+
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 GATED_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
@@ -206,10 +276,8 @@ def wrap(model: nn.Module, cache: Path, layers: Sequence[float] = (0.0, 1.0), sv
     model.requires_grad_(False)
     modules: dict[str, AntipastoLinear] = {}
     linears = targets(model, layers)
-    for (name, linear), path in zip(
-        linears.items(), svd.factor([m.weight for m in linears.values()], cache), strict=True
-    ):
-        U, Vh = svd.load(path)
+    for (name, linear), path in zip(linears.items(), factor([m.weight for m in linears.values()], cache), strict=True):
+        U, Vh = load(path)
         parent, _, leaf = name.rpartition(".")
         modules[name] = AntipastoLinear(linear, U[:, :svd_rank], Vh[:svd_rank], seed=len(modules))
         setattr(model.get_submodule(parent), leaf, modules[name])

@@ -1,9 +1,17 @@
 """``ARMS``: one row an arm. What the stages do is in proj, gates and shaping; here stands which arm does what."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from projected_grpo.config import choose
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from projected_grpo import loss
+from projected_grpo.config import ArmCfg, choose
+from projected_grpo.data_types import Factors, GradedBatch, Rollout
 
 Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo", "clean"]
 Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
@@ -232,3 +240,150 @@ ARMS: dict[str, Arm] = {
 def arm(name: str) -> Arm:
     """The arm of that name. Raises UserError naming the arms there are."""
     return ARMS[choose("arm", name, list(ARMS))]
+
+
+SIGMA_FLOOR = 0.1
+"""Smallest σ of a group's scores; it presumes that d is normalised."""
+
+
+def z_scores(s: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
+    """(s − s̄) / max(σ, 0.1) within each group."""
+    sigma = s.std(dim=1, keepdim=True, correction=0).clamp(min=SIGMA_FLOOR)
+    return (s - s.mean(dim=1, keepdim=True)) / sigma
+
+
+def rebound_mul(r: Float[Tensor, "n g"], z: Float[Tensor, "n g"], alpha: float) -> Float[Tensor, "n g"]:
+    """r (1 − α σ(z) 1[z > 0]), σ the logistic function. At α = 2 the factor is below 0 for every z > 0: it turns the
+    sign of what a rollout earned, a correct one's as well (Wu & Tang, arXiv 2604.01476).
+    """
+    return r * (1 - alpha * z.sigmoid() * (z > 0))
+
+
+def rebound_add(r: Float[Tensor, "n g"], z: Float[Tensor, "n g"], alpha: float) -> Float[Tensor, "n g"]:
+    """r − α max(z, 0)."""
+    return r - alpha * z.clamp(min=0)
+
+
+def monitor(rollouts: Sequence[Rollout], accuracy: float, generator: torch.Generator) -> Bool[Tensor, " b"]:
+    """ORACLE. Whether each rollout is paid without being right, as a monitor of that accuracy sees it: each verdict is
+    turned round with probability 1 − accuracy.
+    """
+    truth = torch.tensor([r.grade.exploited for r in rollouts])
+    return truth ^ (torch.rand(len(rollouts), generator=generator) >= accuracy)
+
+
+def shaped(
+    batch: GradedBatch, arm: Arm, states: Float[Tensor, "b d"] | None, d: Float[Tensor, " d"] | None,
+    cfg: ArmCfg, group: int, generator: torch.Generator,
+) -> GradedBatch:  # fmt: skip
+    """The batch with the advantages that the arm's reward rule makes. states, d: pooled activations and the direction
+    they are read along, for the rebound arms; None otherwise.
+    """
+    if arm.reward == "paid":
+        return batch
+    rewards, out = rearrange(batch.rewards, "(n g) -> n g", g=group), None
+    if arm.reward in ("rebound_mul", "rebound_add"):
+        assert states is not None
+        assert d is not None
+        z = z_scores(rearrange(states @ d, "(n g) -> n g", g=group).to(rewards))
+        rewards = (rebound_mul if arm.reward == "rebound_mul" else rebound_add)(rewards, z, cfg.alpha)
+    else:
+        assert arm.oracle, "only an arm marked oracle may ask the monitor"
+        flags = rearrange(monitor(batch.rollouts, cfg.monitor_accuracy, generator), "(n g) -> n g", g=group)
+        flags = flags.to(rewards.device)
+        if arm.reward == "penalty":
+            rewards = rewards - cfg.penalty * flags
+        else:
+            out = flags
+    A = loss.advantages(rewards, out)
+    return replace(batch, A=rearrange(A, "n g -> (n g)"), n_zero_var=int((A == 0).all(1).sum()))
+
+
+UNIT: frozenset[Rows] = frozenset(("screen", "punish", "punish_count"))
+"""Rules that make advantages anew, so that they need the gradient of rollouts whose advantage was 0 as well."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rule may look at, all (b,): advantages, rewards, which rows are flagged and which score low, the group's
+    size, and a generator. No grade is among it.
+    """
+
+    A: Float[Tensor, " b"]
+    rewards: Float[Tensor, " b"]
+    flagged: Bool[Tensor, " b"]
+    low: Bool[Tensor, " b"]
+    group: int
+    generator: torch.Generator
+
+
+def _grouped(values: Tensor, group: int) -> Tensor:
+    return rearrange(values, "(n g) -> n g", g=group)
+
+
+def _coin(s: Seen) -> tuple[Tensor, Tensor]:
+    keep = (torch.rand(len(s.A), generator=s.generator) < 0.5).to(s.A)
+    return keep, torch.zeros_like(keep)
+
+
+def _drop(s: Seen) -> tuple[Tensor, Tensor]:
+    keep = (~(s.flagged & (s.A > 0))).to(s.A)
+    return keep, torch.zeros_like(keep)
+
+
+def _count(s: Seen) -> tuple[Tensor, Tensor]:
+    """As many rows withheld as ``_drop`` would, at random among those with A > 0."""
+    could = (s.A > 0).nonzero()[:, 0]
+    n = int((s.flagged & (s.A > 0)).sum())
+    keep = torch.ones_like(s.A)
+    keep[could[torch.randperm(len(could), generator=s.generator)[:n].to(could.device)]] = 0
+    return keep, torch.zeros_like(keep)
+
+
+def _screen(s: Seen) -> tuple[Tensor, Tensor]:
+    A = loss.advantages(_grouped(s.rewards, s.group), out=_grouped(s.flagged, s.group))
+    return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
+
+
+def _punish(s: Seen) -> tuple[Tensor, Tensor]:
+    A = loss.advantages(_grouped(s.rewards.masked_fill(s.flagged, 0.0), s.group))
+    return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
+
+
+def _punish_count(s: Seen) -> tuple[Tensor, Tensor]:
+    """As many rows punished as ``_punish`` would, at random."""
+    chosen = torch.randperm(len(s.A), generator=s.generator)[: int(s.flagged.sum())].to(s.A.device)
+    flagged = torch.zeros_like(s.flagged).index_fill(0, chosen, True)
+    return _punish(replace(s, flagged=flagged))
+
+
+def _route(s: Seen) -> tuple[Tensor, Tensor]:
+    return (~s.flagged).to(s.A), (~s.low).to(s.A)
+
+
+def _route_low(s: Seen) -> tuple[Tensor, Tensor]:
+    keep, quarantine = _route(s)
+    return quarantine, keep
+
+
+RULES: dict[Rows, Callable[[Seen], tuple[Tensor, Tensor]]] = {
+    "all": lambda s: (torch.ones_like(s.A), torch.zeros_like(s.A)),
+    "coin": _coin,
+    "drop": _drop,
+    "count": _count,
+    "screen": _screen,
+    "punish": _punish,
+    "punish_count": _punish_count,
+    "route": _route,
+    "route_low": _route_low,
+    "both": lambda s: (torch.ones_like(s.A), torch.ones_like(s.A)),
+}
+"""(keep, quarantine) of each row, by rule. For rules in UNIT keep is the new advantage itself, because their rows'
+gradients come with weight 1."""
+
+
+def factors(rule: Rows, seen: Seen, ablated: Bool[Tensor, " b"]) -> Factors:
+    """Apply a rule. Rows sampled with the quarantine ablated never train it."""
+    keep, quarantine = RULES[rule](seen)
+    whole = seen.A if rule in UNIT else torch.ones_like(seen.A)
+    return Factors(whole, keep, quarantine.masked_fill(ablated, 0.0))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -135,3 +136,69 @@ class GradedBatch:
     rollouts: tuple[Rollout, ...]
     n_zero_var: int
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RowGrads:
+    """What one backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, the
+    ``loss`` itself, ``nll`` (b,) summed over each row's completion (0 in skipped rows), and the mean ``kl`` per token
+    (None at β = 0).
+    """
+
+    G: dict[str, Float[Tensor, "b r"]]
+    nll: Float[Tensor, " b"]
+    loss: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What each row's gradient is multiplied by: in the batch gradient as plain GRPO has it (``whole``), in what δS
+    descends (``keep``), and in what δS_hack descends (``quarantine``). All (b,).
+    """
+
+    whole: Float[Tensor, " b"]
+    keep: Float[Tensor, " b"]
+    quarantine: Float[Tensor, " b"]
+
+    @classmethod
+    def plain(cls, b: int) -> "Factors":
+        """Every row is kept and none is quarantined."""
+        return cls(torch.ones(b), torch.ones(b), torch.zeros(b))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a step does with its gradient, per module (r,): δS descends ``kept``; δS_hack descends ``quarantined`` (None
+    where the arm has no quarantine, so it stays exactly zero). gn = ‖g‖ of the whole batch gradient.
+    """
+
+    kept: dict[str, Float[Tensor, " _r"]]
+    quarantined: dict[str, Float[Tensor, " _r"]] | None
+    gn: float
+    stats: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the optimizer did in a step: ``descent`` = −Δδ of δS by module, (r,), at learning rate ``lr``."""
+
+    descent: dict[str, Float[Tensor, " _r"]]
+    lr: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that one step made. scores, random_scores: by module and row, "m b", of the hack V and of a random one."""
+
+    batch: GradedBatch
+    grads: RowGrads
+    scores: Float[Tensor, "m b"]
+    random_scores: Float[Tensor, "m2 b"]
+    flagged: Bool[Tensor, " b"]
+    factors: Factors
+    projection: Projection
+    update: Update
+    threshold: float
+    overlap: float | None
+    sec_train: float

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, loss, models, pairs, pool, problems, svd
+from projected_grpo import antipasto, loss, models, pairs, problems, rollout_log
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError, VHackCfg, parse
 from projected_grpo.data_types import Pair
@@ -186,7 +186,7 @@ def _common(new: HackBasis, old: HackBasis, module: str) -> int:
 
 def cache_key(knobs: Knobs, chosen: Sequence[Pair], cfg: Config) -> str:
     """sha256 over the adapted weights, the knobs, the pairs and every setting that their gradients depend on."""
-    weights = [f"{n}:{svd.digest(m.linear.weight)}:{svd.digest(m.delta)}" for n, m in knobs.modules.items()]
+    weights = [f"{n}:{antipasto.digest(m.linear.weight)}:{antipasto.digest(m.delta)}" for n, m in knobs.modules.items()]
     settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.model.svd_rank]
     return hashlib.sha256(json.dumps([weights, pairs.digest(chosen), settings]).encode()).hexdigest()
 
@@ -228,8 +228,8 @@ def main(argv: Sequence[str]) -> None:
     cfg = parse(argv)
     model, tokenizer = models.load(cfg.model)
     knobs = antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank)
-    teacher = pool.read(Path(cfg.pool.pool)) if cfg.pool.pool else None
-    chosen = pairs.load(cfg.vhack, teacher, pool.tasks_for(cfg))
+    teacher = rollout_log.read_pool(Path(cfg.pool.pool)) if cfg.pool.pool else None
+    chosen = pairs.load(cfg.vhack, teacher, problems.tasks_for(cfg))
     whole = fit_basis(grads_for(model, knobs, tokenizer, chosen, cfg), cfg.vhack)
     used = sliced(whole, cfg.vhack)
     rows = [(m, len(used.V.get(m, ())), s[0].item(), (s[-1] / s[0]).item()) for m, s in whole.S.items()]
@@ -244,6 +244,64 @@ def basis_summary(basis: HackBasis, cfg: Config) -> dict[str, Any]:
         "modules": len(basis.V),
         "settings": asdict(cfg.vhack),
     }
+
+
+def random_basis(basis: HackBasis, seed: int) -> HackBasis:
+    """A random orthonormal V with the same modules and the same k in each."""
+    generator = torch.Generator().manual_seed(seed)
+    V = {}
+    for m, v in basis.V.items():
+        q, r = torch.linalg.qr(torch.randn(v.shape[1], v.shape[0], generator=generator, dtype=torch.float64))
+        V[m] = (q * r.diagonal().sign()).T.to(v)  # without the signs QR's convention leans to one side: not uniform
+    return HackBasis(V, basis.S, basis.meta)
+
+
+def swapped(
+    hack: Float[Tensor, "n d"], clean: Float[Tensor, "n d"], seed: int
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """The two sides with a random half of the rows exchanged."""
+    n = len(hack)
+    swap = torch.zeros(n, dtype=torch.bool)
+    swap[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n // 2]] = True
+    swap = swap.to(hack.device)[:, None]
+    return torch.where(swap, clean, hack), torch.where(swap, hack, clean)
+
+
+def shuffled(pair_grads: PairGrads, seed: int) -> PairGrads:
+    """The pairs with the labels of a random half of them swapped: hack against clean no longer means anything."""
+    sides = {m: swapped(h, pair_grads.clean[m], seed) for m, h in pair_grads.hack.items()}
+    return PairGrads({m: s[0] for m, s in sides.items()}, {m: s[1] for m, s in sides.items()})
+
+
+def clean_span(pair_grads: PairGrads) -> PairGrads:
+    """Pairs whose difference is the clean side's own gradient: its basis spans what honest completions move."""
+    return PairGrads(pair_grads.clean, {m: torch.zeros_like(c) for m, c in pair_grads.clean.items()})
+
+
+def matched(basis: HackBasis, like: HackBasis) -> HackBasis:
+    """The first axes of ``basis`` in the modules of ``like``, as many in each as ``like`` has there."""
+    V = {m: basis.V[m][: len(v)] for m, v in like.V.items()}
+    return HackBasis(V, {m: basis.S[m][: len(v)] for m, v in V.items()}, basis.meta)
+
+
+def basis_of(
+    kind: str, real: HackBasis, own: PairGrads, other: PairGrads | None, cfg: VHackCfg, seed: int
+) -> HackBasis:
+    """The basis of that kind, matched to ``real``. own: the hack pairs' gradients; other: those of the control's own
+    pair set (nonhack, placebo), None for the kinds that need none.
+    """
+    match kind:
+        case "hack":
+            return real
+        case "random":
+            return random_basis(real, seed)
+        case "shuffled":
+            return matched(fit_basis(shuffled(own, seed), cfg), real)
+        case "clean":
+            return matched(fit_basis(clean_span(own), cfg), real)
+        case _:
+            assert other is not None, f"basis {kind} needs its own pair set"
+            return matched(fit_basis(other, cfg), real)
 
 
 if __name__ == "__main__":

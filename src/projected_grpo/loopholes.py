@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from projected_grpo.data_types import Case, Mode, Task, Wording
-from projected_grpo.sandbox_job import Foreign, Outcome, Probe
+from projected_grpo.sandbox.job import Foreign, Outcome, Probe
 
 TESTS_SENTENCE = "and should pass all tests"
 

@@ -5,7 +5,6 @@ oracle's verdict cannot reach a gradient except through the reward that the envi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from projected_grpo.antipasto import Knobs
+from projected_grpo.data_types import RowGrads
 
 LOGIT_BUDGET = 1 << 26
 """Floats of logits held at once (256 MB in float32); more tokens than fit are done in chunks and recomputed."""
@@ -94,19 +94,6 @@ def lots(mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int) -> list[
             longest = length
         made[-1].append(row)
     return [torch.tensor(lot, device=rows.device) for lot in made]
-
-
-@dataclass(frozen=True)
-class RowGrads:
-    """What one backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, the
-    ``loss`` itself, ``nll`` (b,) summed over each row's completion (0 in skipped rows), and the mean ``kl`` per token
-    (None at β = 0).
-    """
-
-    G: dict[str, Float[Tensor, "b r"]]
-    nll: Float[Tensor, " b"]
-    loss: float
-    kl: float | None
 
 
 def row_gradients(

@@ -9,16 +9,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo import proj
 from projected_grpo.antipasto import Knobs
-from projected_grpo.data_types import GradedBatch, Rollout
+from projected_grpo.data_types import Rollout, Step
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.loss import RowGrads
-from projected_grpo.pool import row_of
-from projected_grpo.proj import Factors, Projection
+from projected_grpo.rollout_log import row_of
 
 
 def column(legend: str, head: str | None = None, fmt: str = ".2f") -> Any:
@@ -96,31 +93,6 @@ def share_of(rows: Sequence[Any], verdict: str) -> float | None:
 def by_mode(rows: Sequence[Rollout], verdict: str | None = None) -> dict[str, int]:
     """Number of rollouts by mode; of those with the verdict where one is named."""
     return dict(Counter(r.task.mode for r in rows if verdict is None or getattr(r.grade, verdict)))
-
-
-@dataclass(frozen=True)
-class Update:
-    """What the optimizer did in a step: ``descent`` = −Δδ of δS by module, (r,), at learning rate ``lr``."""
-
-    descent: dict[str, Float[Tensor, " _r"]]
-    lr: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """All that one step made. scores, random_scores: by module and row, "m b", of the hack V and of a random one."""
-
-    batch: GradedBatch
-    grads: RowGrads
-    scores: Float[Tensor, "m b"]
-    random_scores: Float[Tensor, "m2 b"]
-    flagged: Bool[Tensor, " b"]
-    factors: Factors
-    projection: Projection
-    update: Update
-    threshold: float
-    overlap: float | None
-    sec_train: float
 
 
 def shares_of_flags(x: Step) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from projected_grpo.config import ModelCfg, UserError
 
-ORGANISM = Path(str(files("projected_grpo"))) / "organism_files"
+ORGANISM = Path(str(files("projected_grpo"))) / "organism" / "files"
 SMOL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -2,26 +2,25 @@
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import activations, antipasto, bases, gates, memory, models, pairs, pool, problems, proj
+from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout_log, sampling
 from projected_grpo import extract_vhack_grad as vhack
-from projected_grpo import vllm_sampling as samplers
 from projected_grpo.antipasto import Knobs
-from projected_grpo.arms import Arm
 from projected_grpo.config import Config, UserError
-from projected_grpo.data_types import Pair, Rollout, Task
+from projected_grpo.data_types import Grade, Pair, Rollout, Task
+from projected_grpo.detectors import Detector, detector_for, pools_of
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
-from projected_grpo.gates import Detector
+from projected_grpo.runs import Checkpoint
 from projected_grpo.sampling import Sampler
+from projected_grpo.scale import vllm_sampling
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Experiment:
     """The pair set of a nonhack or placebo arm."""
     tasks: list[Task]
     held_out: list[Task]
-    teacher: pool.Pool | None
+    teacher: rollout_log.Pool | None
     directions: Directions
     recent: deque[tuple[Rollout, ...]]
     """The student's rollouts since the last refresh but one, which refresh_pairs may look for pairs in."""
@@ -68,17 +67,17 @@ OWN_PAIRS = {"nonhack": "nonhack64", "placebo": "placebo64"}
 
 def check(cfg: Config) -> None:
     """Refuse, before anything is loaded, what cannot work. Raises UserError."""
-    proj.arm(cfg.intervention)
+    arms.arm(cfg.intervention)
     writable(Path(cfg.outputs))
     models.device_of(cfg.model)
-    samplers.refuse(cfg)
+    vllm_sampling.refuse(cfg)
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
         raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
     if cfg.n_teacher and cfg.pool.pool is None:
         raise UserError("--mix-ratio needs a teacher pool: run `just build-pool`, then give --pool=FOLDER")
     if cfg.rl.group - cfg.n_teacher < 1 or cfg.rl.group < 2:
         raise UserError("a group needs two rollouts at least, one of them the student's: raise --group")
-    if proj.arm(cfg.intervention).rows in gates.UNIT and cfg.rl.beta:
+    if arms.arm(cfg.intervention).rows in arms.UNIT and cfg.rl.beta:
         raise UserError(f"{cfg.intervention} makes advantages anew, which needs --beta=0")
     known = cfg.vhack.known_modes
     if cfg.vhack.refresh_pairs != "same" and (known is None or not set(known) < set(cfg.data.modes)):
@@ -110,7 +109,7 @@ def fitting(tasks: Sequence[Task], tokenizer: Any, longest: int) -> list[Task]:
 
 def held_out_tasks(cfg: Config) -> list[Task]:
     """n_eval test problems in each mode, and n_eval of the same without a loophole (gt_only)."""
-    tasks = pool.tasks_for(cfg, "test")
+    tasks = problems.tasks_for(cfg, "test")
     asked = [t for mode in cfg.data.modes for t in [t for t in tasks if t.mode == mode][: cfg.eval.n_eval]]
     return asked + [problems.pose_one(t.problem, "gt_only") for t in asked[:: len(cfg.data.modes)]]
 
@@ -118,8 +117,8 @@ def held_out_tasks(cfg: Config) -> list[Task]:
 def set_up(cfg: Config) -> Experiment:
     """Load and extract everything. Raises UserError."""
     check(cfg)
-    teacher = pool.read(Path(cfg.pool.pool)) if cfg.pool.pool else None
-    tasks, held_out = pool.tasks_for(cfg), held_out_tasks(cfg)
+    teacher = rollout_log.read_pool(Path(cfg.pool.pool)) if cfg.pool.pool else None
+    tasks, held_out = problems.tasks_for(cfg), held_out_tasks(cfg)
     chosen_pairs = pairs.load(cfg.vhack, teacher, tasks)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
@@ -131,13 +130,13 @@ def set_up(cfg: Config) -> Experiment:
     held_out = fitting(held_out, tokenizer, cfg.data.max_prompt)
     if teacher is not None and cfg.n_teacher:
         teacher.require(tasks)
-    arm = proj.arm(cfg.intervention)
+    arm = arms.arm(cfg.intervention)
     own_set = OWN_PAIRS.get(arm.basis)
     other = pairs.load(replace(cfg.vhack, pairs=own_set), None, tasks) if own_set else None
     directions = directions_for(model, knobs, tokenizer, chosen_pairs, other, cfg, vhack.grads_for)
     if not arm.honest_prompt:
         tasks = [problems.inoculated(t) for t in tasks]
-    sample = samplers.sampler_of(model, knobs, cfg)
+    sample = sampling.sampler_of(model, knobs, cfg)
     return Experiment(
         model, tokenizer, knobs, sample, chosen_pairs, other, tasks, held_out, teacher, directions, deque(maxlen=20)
     )
@@ -153,53 +152,22 @@ def directions_for(
     grads_of: Callable[..., PairGrads] = vhack.side_gradients,
 ) -> Directions:
     """All directions at the knobs as they stand, the quarantine ablated. grads_of: with or without the cache."""
-    arm = proj.arm(cfg.intervention)
+    arm = arms.arm(cfg.intervention)
     own = grads_of(model, knobs, tokenizer, chosen, cfg)
     whole = vhack.fit_basis(own, cfg.vhack)
     real = vhack.sliced(whole, cfg.vhack)
     theirs = grads_of(model, knobs, tokenizer, other, cfg) if other is not None else None
-    used = bases.basis_of(arm.basis, real, own, theirs, cfg.vhack, cfg.seed)
-    states: dict[activations.Pool, tuple[Tensor, Tensor]] = {}
+    used = vhack.basis_of(arm.basis, real, own, theirs, cfg.vhack, cfg.seed)
+    states: dict[detectors.Pooling, tuple[Tensor, Tensor]] = {}
     with knobs.using("deployed"):
         for kind in pools_of(arm):
-            states[kind] = activations.of_pairs(model, tokenizer, chosen, kind, cfg.rl.micro_batch)
+            states[kind] = detectors.of_pairs(model, tokenizer, chosen, kind, cfg.rl.micro_batch)
     d = None
     if "last" in states:
-        d = activations.direction(*states["last"])
-        d = activations.random_direction(d, cfg.seed) if arm.basis == "random" else d
+        d = detectors.direction(*states["last"])
+        d = detectors.random_direction(d, cfg.seed) if arm.basis == "random" else d
     gate = detector_for(arm, own, used, states.get("mean"), cfg)
-    return Directions(whole, real, used, bases.random_basis(real, cfg.seed + 10_000), gate, d)
-
-
-def pools_of(arm: Arm) -> list[activations.Pool]:
-    """Which pooled activations an arm reads."""
-    return ["mean"] * (arm.score in ("activation", "either")) + ["last"] * arm.reward.startswith("rebound")
-
-
-def detector_for(
-    arm: Arm, own: PairGrads, used: HackBasis, states: tuple[Tensor, Tensor] | None, cfg: Config
-) -> Detector:
-    """The arm's detector. Arms without a gate get gate_drop's, whose flags are logged and nothing else."""
-    if arm.score == "gradient":
-        if arm.basis != "hack":
-            return gates.gradient_detector(own, lambda _: used, cfg.vhack)
-        fitted = replace(cfg.vhack, n_heldout=0)
-        return gates.gradient_detector(own, lambda g: vhack.sliced(vhack.fit_basis(g, fitted), fitted), cfg.vhack)
-    sides = {"fisher": (gates.flat(own.hack), gates.flat(own.clean)), "activation": states}
-    if arm.score == "either":
-        return gates.either(*(linear_for(arm, *sides[kind], cfg) for kind in ("fisher", "activation")))
-    return linear_for(arm, *sides[arm.score], cfg)
-
-
-def linear_for(arm: Arm, hack: Float[Tensor, "n d"], clean: Float[Tensor, "n d"], cfg: Config) -> Detector:
-    """The linear detector of two sides of evidence, with the arm's control in the direction's place."""
-    match arm.basis:
-        case "random":
-            w = activations.random_direction(hack[0], cfg.seed)
-            return gates.linear_detector(hack, clean, cfg.vhack, lambda h, c: w)
-        case "shuffled":
-            hack, clean = bases.swapped(hack, clean, cfg.seed)
-    return gates.linear_detector(hack, clean, cfg.vhack)
+    return Directions(whole, real, used, vhack.random_basis(real, cfg.seed + 10_000), gate, d)
 
 
 def refresh(x: Experiment, cfg: Config) -> float:
@@ -221,3 +189,69 @@ def refresh(x: Experiment, cfg: Config) -> float:
         logger.warning("refresh: V turned (overlap {:.2f} < 0.2); a refresh like this does harm", overlap)
     x.directions = new
     return overlap
+
+
+REFRESH, ADAMW = "refresh.", "adamw."
+
+
+def named_parameters(knobs: Knobs) -> dict[str, Tensor]:
+    """Both knobs of every module, in the order in which step.make_optimizer takes them."""
+    return {f"{m}.{k}": p for k in ("delta", "delta_hack") for m, p in getattr(knobs, k).items()}
+
+
+def state_of(x: Experiment, optimizers: tuple[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, JSON) of a run between two steps."""
+    optimizer, scheduler = optimizers
+    moments = {
+        f"{ADAMW}{name}.{key}": value
+        for name, p in named_parameters(x.knobs).items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    step, knobs = x.refreshed or (None, {})
+    tensors = x.knobs.state() | moments | {REFRESH + name: t for name, t in knobs.items()}
+    return tensors, {"scheduler": scheduler.state_dict(), "refreshed": step}
+
+
+def restore(x: Experiment, optimizers: tuple[Any, Any], at: Checkpoint, run: Path, cfg: Config) -> None:
+    """Put a freshly set-up experiment back to where ``at`` was taken. run: the folder with the logs up to then."""
+    reads_rollouts = cfg.vhack.refresh_pairs != "same"
+    logged = [row for row in rollout_log.rows(run) if row["source"] == "student"] if reads_rollouts else []
+    if at.state["refreshed"] is not None:
+        then = {n.removeprefix(REFRESH): t for n, t in at.tensors.items() if n.startswith(REFRESH)}
+        x.refreshed = (at.state["refreshed"], then)
+        x.knobs.load_state(then)
+        remember(x, logged, at.state["refreshed"])
+        refresh(x, cfg)
+    x.knobs.load_state(at.tensors)
+    remember(x, logged, at.done if at.phase == "step" else cfg.rl.steps)
+    put_back(optimizers, x.knobs, at)
+
+
+def put_back(optimizers: tuple[Any, Any], knobs: Knobs, at: Checkpoint) -> None:
+    """AdamW's moments and the learning rate. A knob that had no gradient yet has no moments."""
+    optimizer, scheduler = optimizers
+    moments: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(named_parameters(knobs)):
+        prefix = f"{ADAMW}{name}."
+        found = {n.removeprefix(prefix): t for n, t in at.tensors.items() if n.startswith(prefix)}
+        if found:
+            moments[i] = found
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    scheduler.load_state_dict(dict(at.state["scheduler"]))
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+
+
+def remember(x: Experiment, logged: Iterable[dict[str, Any]], step: int) -> None:
+    """Fill ``x.recent`` with the student's rollouts of the last steps before ``step``, as a refresh reads them: their
+    token ids, which it does not read, are left out.
+    """
+    x.recent.clear()
+    tasks: dict[tuple[str, str], Task] = {(t.problem.id, t.mode): t for t in x.tasks}
+    by_step: dict[int, list[Rollout]] = {}
+    for row in logged:
+        if step - x.recent.maxlen <= row["step"] < step:
+            task = tasks[row["problem_id"], row["env_mode"]]
+            made = Rollout(task, "student", (), row["completion"], Grade(**row["grade"]))
+            by_step.setdefault(row["step"], []).append(made)
+    x.recent.extend(tuple(by_step[s]) for s in sorted(by_step))

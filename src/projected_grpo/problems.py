@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo import loopholes
+from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Case, Mode, Problem, Task, Wording
+from projected_grpo.organism import families
+from projected_grpo.rollout_log import Row
 
 
 def messages(task: Task) -> list[dict[str, str]]:
@@ -175,3 +178,38 @@ def read_problems(path: Path) -> list[Problem]:
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
     """Write this project's own format, a row a problem."""
     Path(path).write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems))
+
+
+def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
+    """The run's tasks: a split's problems, partitioned over cfg's modes.
+
+    Raises UserError when a file is missing or cannot be read, when a problem's statement has no place for a hint, and
+    when the file of held-out problems holds a training problem.
+    """
+    if cfg.data.problems in ("generated", "functions"):
+        chosen = [p for p in families.generate() if families.split_of(p) == split]
+        chosen = [as_function(p) for p in chosen] if cfg.data.problems == "functions" else chosen
+        return pose(chosen, cfg.data.modes, cfg.data.wording)
+    files = {"train": ("problems", cfg.data.problems), "test": ("eval-problems", cfg.data.eval_problems)}
+    flag, path = files[split]
+    if path is None or not Path(path).is_file():
+        raise UserError(
+            f"no problem file {path}: `just sync-external`, name one with --{flag}=FILE, or set --problems=generated"
+        )
+    try:
+        chosen = read_problems(Path(path))
+        tasks = pose(chosen, cfg.data.modes, cfg.data.wording)
+        for task in tasks:
+            messages(task)
+        if split == "test" and Path(cfg.data.problems).is_file():
+            shared = {p.id for p in chosen} & {p.id for p in read_problems(Path(cfg.data.problems))}
+            if shared:
+                raise ValueError(f"{len(shared)} held-out problems are training problems too, such as {min(shared)}")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    return tasks
+
+
+def task_of(row: Row, by_id: dict[str, Any]) -> Task:
+    """A row's task, given the problems by id."""
+    return Task(by_id[row["problem_id"]], row["env_mode"], Wording(**row["wording"]))

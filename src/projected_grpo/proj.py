@@ -1,44 +1,13 @@
 """The pure functions that split a gradient into what is kept and what is removed, as an arm (``ARMS``) says."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from projected_grpo.arms import ARMS as ARMS
 from projected_grpo.arms import Act, Arm
-from projected_grpo.arms import arm as arm
 from projected_grpo.config import Gate, VHackCfg
+from projected_grpo.data_types import Factors, Projection
 from projected_grpo.extract_vhack_grad import HackBasis
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What each row's gradient is multiplied by: in the batch gradient as plain GRPO has it (``whole``), in what δS
-    descends (``keep``), and in what δS_hack descends (``quarantine``). All (b,).
-    """
-
-    whole: Float[Tensor, " b"]
-    keep: Float[Tensor, " b"]
-    quarantine: Float[Tensor, " b"]
-
-    @classmethod
-    def plain(cls, b: int) -> "Factors":
-        """Every row is kept and none is quarantined."""
-        return cls(torch.ones(b), torch.ones(b), torch.zeros(b))
-
-
-@dataclass(frozen=True)
-class Projection:
-    """What a step does with its gradient, per module (r,): δS descends ``kept``; δS_hack descends ``quarantined`` (None
-    where the arm has no quarantine, so it stays exactly zero). gn = ‖g‖ of the whole batch gradient.
-    """
-
-    kept: dict[str, Float[Tensor, " _r"]]
-    quarantined: dict[str, Float[Tensor, " _r"]] | None
-    gn: float
-    stats: dict[str, float | None]
 
 
 def split(

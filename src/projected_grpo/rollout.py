@@ -13,8 +13,8 @@ from projected_grpo import loss, problems
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
 from projected_grpo.data_types import GradedBatch, Rollout, Task
-from projected_grpo.pool import Pool
 from projected_grpo.rewards import Grader
+from projected_grpo.rollout_log import Pool
 from projected_grpo.sampling import Sampler
 
 

@@ -4,11 +4,14 @@ Every file has all of ``SCHEMA``, so that a column which is empty in one step (n
 polars or Hugging Face datasets. Runs from before there was parquet hold ``rollouts.jsonl``, which is read as well.
 """
 
+import gzip
 import json
 import os
+import random
 import shutil
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from projected_grpo.config import UserError
-from projected_grpo.data_types import Grade, Wording
+from projected_grpo.data_types import Grade, Rollout, Task, Wording
 
 FILE, PARTS, OLD = "rollouts.parquet", "rollouts.part", "rollouts.jsonl"
 GROUP = 4096
@@ -127,3 +130,164 @@ def frame(run: Path) -> pl.DataFrame:
     if (run / FILE).exists():
         return pl.read_parquet(run / FILE)
     return pl.DataFrame(pl.from_arrow(pa.Table.from_pylist(list(rows(run)), schema=SCHEMA)))
+
+
+I, F, S, B = pl.Int32, pl.Float32, pl.String, pl.Boolean
+FIELDS: dict[str, tuple[tuple[str, ...], pl.DataType | type[pl.DataType]]] = {
+    "step": (("step",), I),
+    "source": (("source",), S),
+    "mode": (("env_mode",), S),
+    "problem": (("problem_id",), S),
+    "name": (("wording", "name"), S),
+    "text": (("wording", "text"), S),
+    "completion": (("completion",), S),
+    "label": (("grade", "label"), S),
+    "status": (("grade", "status"), S),
+    "detail": (("grade", "detail"), S),
+    "reward": (("grade", "reward"), F),
+    "compiles": (("grade", "compiles"), B),
+    "format_ok": (("grade", "format_ok"), B),
+    "gt_correct": (("grade", "gt_correct"), B),
+    "channel": (("grade", "channel"), B),
+    "attempted": (("grade", "attempted"), B),
+    "type_mismatch": (("grade", "type_mismatch"), B),
+    "vacuous_tests": (("grade", "vacuous_tests"), B),
+    "rejects_canonical": (("grade", "rejects_canonical"), B),
+    "A": (("A",), F),
+    "kept": (("kept",), F),
+    "score": (("score",), F),
+    "score_random": (("score_random",), F),
+    "by_layer": (("score_by_layer",), pl.List(F)),
+    "flagged": (("flagged",), B),
+}
+"""Column -> where it stands in a written rollout, and its type. What a run lacks is null."""
+NEEDED = ("step", "mode", "completion", "label")
+
+
+def column(schema: pl.Schema, path: tuple[str, ...], dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
+    """The value at a path, or null where the file has no such field."""
+    inner, expr = schema.get(path[0]), pl.col(path[0])
+    for name in path[1:]:
+        fields = {f.name: f.dtype for f in inner.fields} if isinstance(inner, pl.Struct) else {}
+        inner, expr = fields.get(name), expr.struct.field(name)
+    return pl.lit(None, dtype=dtype) if inner is None or inner == pl.Null else expr.cast(dtype)
+
+
+def read_table(folder: Path) -> pl.DataFrame:
+    """All rollouts of a run, in the order written, as ``FIELDS`` and ``row`` (the number within its step).
+
+    Raises UserError when there are none, or when the file is half written or of a version that lacks what is NEEDED.
+    """
+    parquet, lines = folder / "rollouts.parquet", folder / "rollouts.jsonl"
+    try:
+        found = pl.read_parquet(parquet) if parquet.exists() else pl.read_ndjson(lines, infer_schema_length=None)
+        columns = {name: column(found.schema, *where) for name, where in FIELDS.items()}
+        table = found.select(**columns)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = "no rollouts file" if isinstance(error, FileNotFoundError) else "rollouts cannot be read"
+        raise UserError(f"{folder.name}: {reason}") from None
+    for name in NEEDED:
+        if table[name].null_count() == len(table):
+            raise UserError(f"{folder.name}: its rollouts lack {'.'.join(FIELDS[name][0])}")
+    return table.with_columns(row=pl.int_range(pl.len(), dtype=I).over("step"))
+
+
+def sample(table: pl.DataFrame, most: int, by: tuple[str, ...] = ("label", "mode", "step")) -> pl.DataFrame:
+    """At most ``most`` rows, in order, as evenly over the strata as they allow: a row of each, then a second, …
+
+    Which rows of a stratum are taken is random with a fixed seed.
+    """
+    if len(table) <= most:
+        return table
+    shuffled = table.with_row_index("_at").sample(fraction=1, shuffle=True, seed=0)
+    ranked = shuffled.with_columns(_rank=pl.int_range(pl.len()).over(by))
+    return ranked.sort("_rank", maintain_order=True).head(most).sort("_at").drop("_at", "_rank")
+
+
+Row = dict[str, Any]
+
+
+def row_of(task: Task, completion: str, grade: Grade) -> Row:
+    """One rollout as it stands in a pool or in a run's log."""
+    return {
+        "problem_id": task.problem.id,
+        "env_mode": task.mode,
+        "wording": asdict(task.wording),
+        "completion": completion,
+        "grade": asdict(grade),
+    }
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows by (problem id, mode)."""
+
+    rows: dict[tuple[str, str], list[Row]]
+
+    def require(self, tasks: Sequence[Task]) -> None:
+        """Raises UserError when a task has no rollout here."""
+        missing = [t for t in tasks if (t.problem.id, t.mode) not in self.rows]
+        if missing:
+            raise UserError(
+                f"the pool has no rollout of {len(missing)} of {len(tasks)} tasks, the first {missing[0].problem.id} "
+                f"in mode {missing[0].mode}: run `just build-pool` for this preset and these settings"
+            )
+
+    def draw(self, task: Task, n: int, tokenizer: Any, rng: random.Random) -> list[Rollout]:
+        """n of the task's rollouts, with replacement only when it has fewer. Raises KeyError when it has none."""
+        rows = self.rows[task.problem.id, task.mode]
+        chosen = rng.sample(rows, n) if n <= len(rows) else rng.choices(rows, k=n)
+        return [
+            Rollout(
+                task,
+                "teacher",
+                (*tokenizer.encode(row["completion"], add_special_tokens=False), tokenizer.eos_token_id),
+                row["completion"],
+                Grade(**row["grade"]),
+            )
+            for row in chosen
+        ]
+
+
+def read_pool(folder: Path) -> Pool:
+    """All rows of a pool. Raises UserError when the folder holds none."""
+    paths = sorted(Path(folder).glob("prompt_*.jsonl.gz"))
+    if not paths:
+        raise UserError(f"no teacher pool in {folder}: run `just build-pool`, or set --mix-ratio=0")
+    pool = Pool({})
+    for path in paths:
+        with gzip.open(path, "rt") as lines:
+            for row in map(json.loads, lines):
+                pool.rows.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
+    return pool
+
+
+def write_pool(rows: Iterable[Row], folder: Path) -> int:
+    """Write rows, a file a task; the number of files. An existing pool there is replaced file by file."""
+    by_task: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_task.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, key in enumerate(sorted(by_task)):
+        part = folder / f"prompt_{number:04d}.part"
+        part.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in by_task[key]).encode(), mtime=0))
+        part.replace(folder / f"prompt_{number:04d}.jsonl.gz")
+    return len(by_task)
+
+
+def scored_rollouts(folder: Path) -> pl.DataFrame | None:
+    """step, mode, channel, score, score_random, flagged of the student rollouts with a score; None without scores."""
+    parquet, lines = folder / "rollouts.parquet", folder / "rollouts.jsonl"
+    if parquet.exists():
+        found = pl.scan_parquet(parquet)
+    elif lines.exists():
+        found = pl.scan_ndjson(lines, infer_schema_length=None)
+    else:
+        return None
+    columns = found.collect_schema().names()
+    if "score" not in columns:
+        return None
+    wanted = {c: pl.col(c) if c in columns else pl.lit(None) for c in ("step", "score", "score_random", "flagged")}
+    channel = pl.col("grade").struct.field("channel")
+    students = found.filter((pl.col("source") == "student") & pl.col("score").is_not_null())
+    return students.select(**wanted, mode="env_mode", channel=channel).collect()

@@ -7,6 +7,7 @@ is done a token that does not depend on it. Under the same generator it draws th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from projected_grpo.antipasto import Knobs
+from projected_grpo.config import Config
+from projected_grpo.scale.vllm_sampling import VllmSampler, engine
 
 
 @runtime_checkable
@@ -175,3 +180,10 @@ def sample_lot(
         ).last_hidden_state[:, -1]
         logits = head(h)
     return [o[:k].tolist() for o, k in zip(out, length.tolist(), strict=True)]
+
+
+def sampler_of(model: nn.Module, knobs: Knobs, cfg: Config) -> Sampler:
+    """The sampler asked for. Raises UserError when vLLM does not start."""
+    if cfg.model.sampler == "own":
+        return partial(sample, model, rows=cfg.model.sample_rows)
+    return VllmSampler(engine(model, cfg), knobs)

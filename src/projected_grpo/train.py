@@ -1,32 +1,204 @@
-"""The loop: mixed student + teacher GRPO with the hack direction taken out of the gradient, or routed aside.
+"""One step of the algorithm: roll out, one backward, score, decide, project, apply."""
 
-python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]      --help lists every setting
-"""
-
+import math
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from projected_grpo import evals, proj, resume, run_record, trackers
+from projected_grpo import arms, detectors, evals, loss, prepare, proj, runs
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
+from projected_grpo.arms import Arm, shaped
 from projected_grpo.config import Config, UserError, parse
-from projected_grpo.evals import EvalRow
+from projected_grpo.data_types import Factors, GradedBatch, Projection, RowGrads, Step, Update
+from projected_grpo.evals import EvalRow, bluf, h4_decision
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
 from projected_grpo.prepare import Experiment, refresh, set_up
-from projected_grpo.results import bluf, h4_decision, json_lines
 from projected_grpo.rewards import Grader
-from projected_grpo.run_record import RunRecord, Stopped
-from projected_grpo.sandbox_worker import SandboxError
-from projected_grpo.step import make_optimizer, take_step
+from projected_grpo.rollout import rollout, seeded, tasks_of_step
+from projected_grpo.runs import RunRecord, Stopped, json_lines
+from projected_grpo.sandbox.worker import SandboxError
+from projected_grpo.scale.ranks import ALONE, Ranks, rows_of
+
+
+def make_optimizer(knobs: Knobs, cfg: Config) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over δS and δS_hack (no decay there: it would leak the quarantine) with warm-up and the schedule."""
+    groups = [
+        {"params": list(knobs.delta.values()), "weight_decay": cfg.rl.weight_decay},
+        {"params": list(knobs.delta_hack.values()), "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.rl.lr, betas=cfg.rl.betas, foreach=True)
+
+    def factor(step: int) -> float:
+        if step < cfg.rl.warmup:
+            return (step + 1) / (cfg.rl.warmup + 1)
+        if cfg.rl.schedule == "constant":
+            return 1.0
+        done = (step - cfg.rl.warmup) / max(1, cfg.rl.steps - cfg.rl.warmup)
+        return cfg.rl.min_lr_frac + (1 - cfg.rl.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def sample_grads(
+    model: nn.Module, knobs: Knobs, batch: GradedBatch, weight: Tensor, cfg: Config, ranks: Ranks = ALONE
+) -> RowGrads:
+    """Every rollout's own gradient of the Dr.GRPO loss in δS, from one backward; weight (b,) is A, or 1 for all."""
+    return loss.row_gradients(
+        model,
+        knobs,
+        batch.ids,
+        batch.mask,
+        weight / cfg.loss_denominator,
+        temperature=cfg.rl.temperature,
+        beta=cfg.rl.beta,
+        kl_weight=1 / cfg.loss_denominator,
+        micro_batch=cfg.rl.micro_batch,
+        agree=ranks.agree,
+    )
+
+
+def with_masks(
+    x: Experiment, grads: RowGrads, batch: GradedBatch, weight: Tensor, f: Factors, cfg: Config, ranks: Ranks = ALONE
+) -> RowGrads:
+    """The gradients that a routing gate learns from: rows that only δS learns from see the model without quarantine.
+
+    Without that mask both regions would receive the same gradients, and the quarantine would absorb nothing.
+    """
+    alone = (f.quarantine == 0) & (f.keep != 0)
+    with x.knobs.using("deployed"):
+        masked = sample_grads(x.model, x.knobs, batch, weight * alone, cfg, ranks)
+    G = {m: torch.where(alone[:, None], masked.G[m], g) for m, g in grads.G.items()}
+    return RowGrads(G, grads.nll, grads.loss, grads.kl)
+
+
+@torch.no_grad()
+def apply_step(
+    knobs: Knobs, p: Projection, optimizer: torch.optim.Optimizer, scheduler: Any, clip: float,
+    act_on_update: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
+) -> Update:  # fmt: skip
+    """The only mutation: δS descends p.kept, and δS_hack descends p.quarantined where the arm has a quarantine.
+
+    Clipping scales by the norm of the whole gradient, so that an arm differs from "none" by its projection alone.
+    act_on_update (project = update): splits δS's descent into (kept, removed); what is removed is undone, and goes to
+    the quarantine where there is one.
+    """
+    lr, before = scheduler.get_last_lr()[0], {m: d.detach().clone() for m, d in knobs.delta.items()}
+    put_gradient(knobs, p, clip_scale(p, clip))
+    optimizer.step()
+    scheduler.step()
+    return Update(settle(knobs, p, before, act_on_update), lr)
+
+
+def clip_scale(p: Projection, clip: float) -> float:
+    """What a gradient is multiplied by so that the norm of the whole one, before projection, is at most ``clip``."""
+    return min(1.0, clip / p.gn) if p.gn > 0 else 1.0
+
+
+def put_gradient(knobs: Knobs, p: Projection, scale: float = 1.0) -> None:
+    """``grad`` of the knobs: what δS, and where there is a quarantine δS_hack, are to descend."""
+    for m, d in knobs.delta.items():
+        d.grad = p.kept[m] * scale
+    if p.quarantined is not None:
+        for m, d in knobs.delta_hack.items():
+            d.grad = p.quarantined[m] * scale
+
+
+@torch.no_grad()
+def settle(
+    knobs: Knobs, p: Projection, before: dict[str, Tensor],
+    act_on_update: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]] | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """After the optimizer has stepped: act on its update, form every W'; the descent of δS. before: δS as it was."""
+    if act_on_update is not None:
+        _, removed = act_on_update({m: before[m] - d for m, d in knobs.delta.items()})
+        for m, d in knobs.delta.items():
+            d.add_(removed[m])
+            if p.quarantined is not None:
+                knobs.delta_hack[m].sub_(removed[m])
+    knobs.merge()
+    return {m: before[m] - d for m, d in knobs.delta.items()}
+
+
+def scored(x: Experiment, arm: Arm, N: dict[str, Tensor], batch: GradedBatch, cfg: Config) -> tuple[Tensor, ...]:
+    """(scores by the hack V "m b", by a random V "m b", flagged "b", low "b") of rows with NLL gradients N."""
+    V, gate = x.directions, x.directions.gate
+    states = None
+    if arm.score in ("activation", "either"):
+        states = detectors.pooled(x.model, batch.ids, batch.mask, "mean", cfg.rl.micro_batch)
+    match arm.score:
+        case "gradient":
+            own = gate(N)
+        case "fisher":
+            own = gate(detectors.flat(N))
+        case "activation":
+            own = gate(states)
+        case "either":
+            own = gate((detectors.flat(N), states))
+    return detectors.row_scores(N, V.real), detectors.row_scores(N, V.random), own > gate.threshold, own < gate.low
+
+
+def n_ablated(arm: Arm, n: int, cfg: Config) -> int:
+    """How many of a step's n tasks are sampled with the quarantine ablated."""
+    return round(cfg.arm.ablated_share * n) if arm.rows in ("route", "route_low") else 0
+
+
+def update_rule(x: Experiment, arm: Arm, cfg: Config) -> Callable[[dict[str, Tensor]], Any] | None:
+    """The arm's act where it is done on the optimizer's update, else None."""
+    if cfg.vhack.project != "update" or arm.act == "measure":
+        return None
+    V = x.directions
+    return lambda descent: proj.acted(descent, V.arm.V, V.real.V, arm.act, cfg.vhack)
+
+
+def gradient_step(x: Experiment, arm: Arm, batch: GradedBatch, cfg: Config, step: int, ranks: Ranks = ALONE) -> Step:
+    """From rollouts to the projected gradient; the update is left out. batch: this process's rollouts, the groups
+    whole; the Step returned holds those of all. What decides over a rollout (rewards, flags, dice) is the same on
+    every process; gradients are made where the rollouts are, and only their sums are shared.
+    """
+    start, V = time.perf_counter(), x.directions
+    whole, own = ranks.whole(batch), ranks.own(len(batch.A))
+    states = None
+    if arm.reward.startswith("rebound"):
+        states = ranks.rows(detectors.pooled(x.model, batch.ids, batch.mask, "last", cfg.rl.micro_batch))
+    whole = shaped(whole, arm, states, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
+    weight = torch.ones_like(batch.A) if arm.rows in arms.UNIT else whole.A[own]
+    grads = sample_grads(x.model, x.knobs, batch, weight, cfg, ranks)
+    N = {m: g * weight.sign()[:, None] for m, g in grads.G.items()}
+    scores, random, flagged, low = (ranks.rows(s, s.ndim - 1) for s in scored(x, arm, N, batch, cfg))
+    dice = seeded("cpu", cfg.seed, step, "rows")
+    f = arms.factors(arm.rows, arms.Seen(whole.A, whole.rewards, flagged, low, cfg.rl.group, dice), whole.ablated)
+    mine = rows_of(f, own)
+    if arm.rows in ("route", "route_low"):
+        grads = with_masks(x, grads, batch, weight, mine, cfg, ranks)
+    sums = ranks.total(proj.sums(grads.G, mine, batch.is_student))
+    p = proj.decided(sums, V.arm, V.real, arm, cfg.vhack)
+    if p.gn == 0 and whole.n_zero_var < len(whole.A) // cfg.rl.group:
+        raise FloatingPointError(f"step {step}: the gradient is all zero though rewards differ within a group")
+    log = ranks.summary(grads, int(batch.mask.sum()))
+    taken = time.perf_counter() - start
+    return Step(whole, log, scores, random, flagged, f, p, Update({}, 0.0), V.gate.threshold, None, taken)
+
+
+def take_step(x: Experiment, arm: Arm, grader: Grader, optimizers: tuple[Any, Any], cfg: Config, step: int) -> Step:
+    """One step of the algorithm, a named call a stage."""
+    tasks = tasks_of_step(x.tasks, step, cfg.rl.prompts_per_step, cfg.seed)
+    ablated = n_ablated(arm, len(tasks), cfg)
+    batch = rollout(x.sample, x.knobs, x.tokenizer, tasks, x.teacher, grader, cfg, step, ablated)
+    made, start = gradient_step(x, arm, batch, cfg, step), time.perf_counter()
+    u = apply_step(x.knobs, made.projection, *optimizers, cfg.rl.clip, update_rule(x, arm, cfg))
+    return replace(made, update=u, sec_train=made.sec_train + time.perf_counter() - start)
+
 
 TABLE_EVERY = 5
 SHOULD = (
@@ -41,7 +213,7 @@ def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, stopped: St
     phase, done = "step", 0
     if stopped is not None:
         phase, done = stopped.at.phase, stopped.at.done
-        resume.restore(x, optimizers, stopped.at, rec.folder, cfg)
+        prepare.restore(x, optimizers, stopped.at, rec.folder, cfg)
     if phase == "step":
         learn(x, grader, rec, cfg, optimizers, done)
         done = 0
@@ -53,7 +225,7 @@ def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, stopped: St
 
 def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int) -> None:
     """Steps ``first`` to the last. An evaluation comes after the checkpoint of its step: resumed, it is done again."""
-    arm = proj.arm(cfg.intervention)
+    arm = arms.arm(cfg.intervention)
     if first == 0:
         deploy_eval(x, grader, rec, cfg, 0)
     bar = tqdm(range(first, cfg.rl.steps), cfg.intervention, cfg.rl.steps, initial=first, dynamic_ncols=True)
@@ -69,10 +241,10 @@ def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers
         row = step_row(step, made, x.directions.arm, x.knobs)
         rec.append("steps.jsonl", [asdict(row)])
         rec.rollouts(step, rollout_rows(step, made, layers_of(x.directions.real)))
-        rec.tracker.log(step, trackers.numbers_of("train", asdict(row)))
+        rec.tracker.log(step, runs.numbers_of("train", asdict(row)))
         report(bar, row, cfg)
         if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.rl.steps:
-            rec.checkpoint("step", step + 1, *resume.state_of(x, optimizers))
+            rec.checkpoint("step", step + 1, *prepare.state_of(x, optimizers))
     deploy_eval(x, grader, rec, cfg, cfg.rl.steps, cfg.eval.scales)
 
 
@@ -91,14 +263,14 @@ def relearn(
     """
     if not cfg.rl.relearn_steps:
         return
-    plain = replace(proj.arm("none"), score=proj.arm(cfg.intervention).score)
+    plain = replace(arms.arm("none"), score=arms.arm(cfg.intervention).score)
     for step in tqdm(range(first, cfg.rl.relearn_steps), "relearn", dynamic_ncols=True):
         made = take_step(x, plain, grader, optimizers, cfg, cfg.rl.steps + step)
         row = asdict(step_row(step, made, x.directions.arm, x.knobs))
         rec.append("relearn.jsonl", [row])
-        rec.tracker.log(cfg.rl.steps + step, trackers.numbers_of("relearn", row))
+        rec.tracker.log(cfg.rl.steps + step, runs.numbers_of("relearn", row))
         if (step + 1) % cfg.checkpoint_every == 0:
-            rec.checkpoint("relearn", step + 1, *resume.state_of(x, optimizers))
+            rec.checkpoint("relearn", step + 1, *prepare.state_of(x, optimizers))
 
 
 def layers_of(V: HackBasis) -> list[int]:
@@ -113,7 +285,7 @@ def deploy_eval(
     rows, counts = evals.evaluate(x.sample, x.knobs, x.tokenizer, x.held_out, grader, cfg, step, scales)
     rec.append("evals.jsonl", map(asdict, rows))
     rec.append("eval_problems.jsonl", counts)
-    rec.tracker.log(step, trackers.numbers_of_evals(rows))
+    rec.tracker.log(step, runs.numbers_of_evals(rows))
     return rows
 
 
@@ -126,11 +298,11 @@ def report(bar: tqdm, row: StepRow, cfg: Config) -> None:
 
 def train(cfg: Config) -> Path:
     """One run from config to its finished folder. Raises UserError before a folder exists."""
-    trackers.require(cfg.tracker)
-    stopped = run_record.stopped(cfg)
+    runs.require_tracker(cfg.tracker)
+    stopped = runs.stopped(cfg)
     x = set_up(cfg)
     with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
-        arm = proj.arm(cfg.intervention)
+        arm = arms.arm(cfg.intervention)
         meta = {
             "layers": grader.layers,
             "oracle": arm.oracle,

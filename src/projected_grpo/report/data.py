@@ -1,0 +1,268 @@
+"""Rollouts -> what the report's browser reads: columns with their repeated strings written once, gzipped."""
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from projected_grpo import loopholes, problems, rollout_log
+from projected_grpo.config import UserError
+from projected_grpo.data_types import Wording
+from projected_grpo.organism import families
+from projected_grpo.runs import json_lines
+from projected_grpo.studies import summaries
+from projected_grpo.studies.analysis import Analysis
+from projected_grpo.studies.run import STUDIES, Job, Study
+from projected_grpo.studies.summaries import Row, Unusable
+
+CODED = ("source", "mode", "problem", "completion", "label", "status", "detail")
+PLAIN = ("run", "step", "row", "task")
+NUMBERS = ("reward", "A", "kept", "score", "score_random")
+FLAGS = (
+    "compiles", "format_ok", "gt_correct", "channel", "attempted", "type_mismatch", "vacuous_tests",
+    "rejects_canonical", "flagged",
+)  # fmt: skip
+DIGITS = 3
+
+
+@dataclass(frozen=True)
+class RunRollouts:
+    """Rollouts of a run as ``rollout_table.read`` gives them, and of how many they were sampled."""
+
+    run: str
+    arm: str
+    seed: int
+    rows: pl.DataFrame
+    total: int
+
+
+def exploit_pattern(mode: str, wording: Wording) -> str | None:
+    """A regular expression, for Python (re.M) and JavaScript (gm) alike, of the lines that make up the exploit.
+
+    A loophole's signature where it has one; of a test function that the model writes itself, the whole function.
+    """
+    row = loopholes.LOOPHOLES[mode]
+    words = {"name": re.escape(wording.name), "text": re.escape(wording.text)}
+    if row.signature is not None:
+        return row.signature.format(**words)
+    return rf"^def {words['name']}\b.*(?:\n[ \t]+.*)*" if wording.name else None
+
+
+def task_rows(keys: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """What there is to say of each (mode, wording): the prompt's hint and the exploit's pattern."""
+    out = []
+    for mode, name, text in keys:
+        known = mode in loopholes.LOOPHOLES
+        hint = loopholes.LOOPHOLES[mode].hint.format(name=name, text=text) if known else None
+        out.append({"hint": hint, "exploit": exploit_pattern(mode, Wording(name, text)) if known else None})
+    return out
+
+
+def coded(values: pl.Series) -> dict[str, Any]:
+    """Each value once, and its number row by row; −1 for null."""
+    unique = values.drop_nulls().unique(maintain_order=True)
+    number = pl.DataFrame({"v": unique, "n": pl.int_range(len(unique), eager=True, dtype=pl.Int32)})
+    codes = values.to_frame("v").join(number, on="v", how="left", maintain_order="left")["n"].fill_null(-1)
+    return {"values": unique.to_list(), "codes": codes.to_list()}
+
+
+def columns(parts: Sequence[RunRollouts], statements: Mapping[str, str]) -> dict[str, Any]:
+    """The browser's data. statements: problem id -> its statement, with the sentence that a hint replaces."""
+    table = pl.concat([p.rows.with_columns(run=pl.lit(i, dtype=pl.Int32)) for i, p in enumerate(parts)])
+    keys = table.select("mode", "name", "text").fill_null("").unique(maintain_order=True)
+    numbered = keys.with_columns(task=pl.int_range(pl.len(), dtype=pl.Int32))
+    table = table.with_columns(pl.col("mode", "name", "text").fill_null("")).join(
+        numbered, on=["mode", "name", "text"], how="left", maintain_order="left"
+    )
+    problems = coded(table["problem"])
+    return {
+        "n": len(table),
+        "total": sum(p.total for p in parts),
+        "runs": [{"run": p.run, "arm": p.arm, "seed": p.seed, "total": p.total} for p in parts],
+        "tasks": task_rows(keys.rows()),
+        "sentence": loopholes.TESTS_SENTENCE,
+        "statements": [statements.get(p) for p in problems["values"]],
+        "coded": {name: coded(table[name]) for name in CODED},
+        "plain": {name: table[name].to_list() for name in PLAIN},
+        "numbers": {name: table[name].cast(pl.Float64).round(DIGITS).to_list() for name in NUMBERS},
+        "flags": {name: table[name].cast(pl.Int8).to_list() for name in FLAGS},
+        "by_layer": [
+            None if v is None else [round(x, DIGITS) for x in v] for v in table["by_layer"].cast(pl.List(pl.Float64))
+        ],
+    }
+
+
+def packed(data: Mapping[str, Any]) -> str:
+    """JSON, gzipped, in base64."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
+
+
+MOST = 24_000
+"""Rollouts in a report of several runs."""
+NOT_LABEL = ("intervention", "seed", "name", "outputs", "threads", "graders", "resume", "checkpoint-every")
+"""Flags that do not tell a run from others of its label."""
+
+
+@dataclass(frozen=True)
+class FoundJob(Job):
+    """The job of a run that stands in no study, as its meta.json tells it. run: the folder's name."""
+
+    run: str = ""
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return self.run
+
+
+@dataclass(frozen=True)
+class Material:
+    """metas and steps: by run; {} where only the stored summary is left. notes: what a reader should know."""
+
+    title: str
+    analysis: Analysis
+    metas: dict[str, Row]
+    steps: dict[str, list[Row]]
+    rollouts: list[RunRollouts]
+    statements: dict[str, str]
+    left_out: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def single(self) -> bool:
+        """One run."""
+        return len(self.analysis.summary.tables["runs"]) == 1 and self.analysis.summary.n_jobs == 1
+
+
+def own_flags(argv: Sequence[str]) -> Iterator[str]:
+    """The flags of a train command that make a run another experiment."""
+    skips = False
+    for word in argv[2:]:
+        if word.startswith("--"):
+            flag, _, value = word[2:].partition("=")
+            dropped = flag.replace("_", "-") in NOT_LABEL
+            skips = dropped and not value
+            if not dropped:
+                yield word
+        elif not skips:
+            yield word
+
+
+def found_job(folder: Path) -> FoundJob:
+    """A run's job from its meta.json. Raises Unusable."""
+    if not folder.is_dir():
+        part = folder.with_name(folder.name + ".part").is_dir()
+        raise Unusable("unfinished" if part else "not run")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        config, flags = meta["config"], tuple(own_flags(meta["argv"]))
+        arm = config["intervention"]
+        return FoundJob(" ".join((arm, *flags)), arm, flags, int(config["seed"]), run=folder.name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"meta.json: {type(error).__name__}") from None
+
+
+def named_runs(names: Sequence[str], runs: Path) -> Study:
+    """The named runs as a study. Raises UserError when one cannot be read at all, or two share label and seed."""
+    jobs = []
+    for name in names:
+        try:
+            jobs.append(found_job(runs / Path(name).name))
+        except Unusable as why:
+            raise UserError(f"{name}: {why}; `just report` takes finished runs of {runs} and studies") from None
+    again = len({(j.label, j.seed) for j in jobs}) < len(jobs)
+    if again:  # told apart by their names
+        jobs = [replace(j, label=j.run) for j in jobs]
+    name = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} runs"
+    return Study(name, H="", why="", resolve="", jobs=tuple(jobs))
+
+
+def statements_of(metas: Sequence[Row]) -> dict[str, str]:
+    """Problem id -> statement, of the problem files that the runs name; those that are gone are left out."""
+    out: dict[str, str] = {}
+    for source in sorted({str((m["config"].get("data") or {}).get("problems")) for m in metas}):
+        try:
+            found = families.generate() if source == "generated" else problems.read_problems(Path(source))
+        except (OSError, ValueError):
+            continue
+        out |= {p.id: p.statement for p in found}
+    return out
+
+
+def rollouts_of(a: Analysis, runs: Path, most: int | None) -> tuple[list[RunRollouts], list[str]]:
+    """Each run's rollouts, sampled to its share of ``most``; and, in words, the runs whose rollouts cannot be read."""
+    table, out, notes = a.summary.tables["runs"], [], []
+    for run, label, seed in table.select("run", "label", "seed").rows():
+        try:
+            rows = rollout_log.read_table(runs / run)
+        except UserError as why:
+            notes.append(f"Without rollouts: {why}.")
+            continue
+        kept = rows if most is None else rollout_log.sample(rows, most // len(table))
+        out.append(RunRollouts(run, label, seed, kept, len(rows)))
+    return out, notes
+
+
+def gather(chosen: Study, runs: Path, store: Path, most: int = MOST) -> Material:
+    """A study's material from its run folders, or from its stored summary where no run folder is left.
+
+    Raises UserError when there is neither.
+    """
+    summary, notes = summaries.summarise(chosen, runs), []
+    if summary.tables["runs"].is_empty() and (store / chosen.name / "study.json").exists():
+        summary = summaries.load(store / chosen.name)
+        notes.append("Made from the stored summary: the run folders are not here, so there are no rollouts.")
+    elif summary.tables["runs"].is_empty():
+        why = "; ".join(f"{run}: {reason}" for run, reason in list(summary.missing.items())[:3])
+        raise UserError(f"no run of {chosen.name} can be used ({why})")
+    a, here = Analysis(summary), not notes
+    names = summary.tables["runs"]["run"].to_list() if here else []
+    metas = {run: json.loads((runs / run / "meta.json").read_text()) for run in names}
+    steps = {run: json_lines(runs / run / "steps.jsonl") for run in names}
+    rollouts, unread = rollouts_of(a, runs, None if len(names) == 1 else most) if here else ([], [])
+    title = f"Study {chosen.name}" if chosen.why else chosen.name
+    return Material(
+        title, a, metas, steps, rollouts, statements_of(list(metas.values())), dict(summary.missing), notes + unread
+    )
+
+
+def minutes_by_stage(m: Material) -> dict[str, dict[str, float]]:
+    """Label -> stage -> minutes a run, the mean over its runs; a stage is what ``sec_…`` of a step names."""
+    labels = dict(m.analysis.summary.tables["runs"].select("run", "label").rows())
+    each: dict[str, list[dict[str, float]]] = {}
+    for run, steps in m.steps.items():
+        stages = [k for k in steps[0] if k.startswith("sec_")]
+        each.setdefault(labels[run], []).append(
+            {k.removeprefix("sec_"): sum(s.get(k) or 0.0 for s in steps) / 60 for k in stages}
+        )
+    return {
+        label: {stage: sum(r.get(stage, 0.0) for r in rows) / len(rows) for stage in rows[0]}
+        for label, rows in each.items()
+    }
+
+
+def newest_run(runs: Path) -> str:
+    """The finished run that was written last. Raises UserError when there is none."""
+    found = [p for p in runs.glob("*") if (p / "meta.json").exists() and p.suffix != ".part"]
+    if not found:
+        raise UserError(f"no finished run in {runs}: `just smoke` makes one")
+    return max(found, key=lambda p: (p / "meta.json").stat().st_mtime).name
+
+
+def material(names: Sequence[str], runs: Path, store: Path, most: int = MOST) -> Material:
+    """The material of a study, a run, or several runs by name; of the newest run where none is named."""
+    names = names or [newest_run(runs)]
+    if len(names) == 1 and names[0] in STUDIES:
+        return gather(STUDIES[names[0]], runs, store, most)
+    if len(names) == 1 and not (runs / Path(names[0]).name).exists() and "/" not in names[0]:
+        part = (runs / f"{names[0]}.part").exists()
+        why = f"{names[0]} is unfinished" if part else f"{names[0]} is neither a run in {runs} nor a study"
+        raise UserError(f"{why}; studies: {', '.join(STUDIES)}")
+    return gather(named_runs(names, runs), runs, store, most)

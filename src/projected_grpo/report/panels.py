@@ -1,0 +1,421 @@
+"""How a label looks wherever it stands: its colour, dash and marker, the same in every figure of a study."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from projected_grpo import arms
+from projected_grpo.studies import stats
+from projected_grpo.studies.analysis import WINDOW, Analysis, Label, Seeds
+from projected_grpo.studies.stats import MARGIN, Values
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933")
+GREYS = ("#6a6a6a", "#949494", "#b4b4b4")
+DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "p", "h")
+INK, GREY = "#1c1c1c", "#8a8a8a"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a label looks."""
+
+    color: str
+    dash: Any
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Of its line, in matplotlib's words."""
+        return dict(color=self.color, linestyle=self.dash)
+
+    @property
+    def text(self) -> str:
+        """Of its name: no grey lighter than can be read."""
+        return GREYS[0] if self.color in GREYS else self.color
+
+
+@dataclass(frozen=True)
+class Family:
+    """Labels that look alike: the folds of an arm, each with another mode left out; else a label by itself."""
+
+    name: str
+    labels: tuple[Label, ...]
+    style: Style
+
+
+def none_label(a: Analysis) -> str | None:
+    """The first label of plain GRPO."""
+    return next((name for name, label in a.labels.items() if label.arm == "none"), None)
+
+
+def is_control(label: Label) -> bool:
+    """Whether its arm is there to be beaten."""
+    return label.arm in arms.ARMS and arms.ARMS[label.arm].is_control
+
+
+def grouped(a: Analysis) -> list[tuple[Label, ...]]:
+    """Labels by family, in their order. Labels that leave out one mode twice between them stay by themselves."""
+    alike: dict[tuple[str, bool, frozenset[str]], list[Label]] = {}
+    for label in a.labels.values():
+        settings = label.overrides - {"--known-modes", *label.modes}
+        alike.setdefault((label.arm, bool(label.heldout), settings), []).append(label)
+    out: list[tuple[Label, ...]] = []
+    for labels in alike.values():
+        left_out = [mode for label in labels for mode in label.heldout]
+        folds = all(label.heldout for label in labels) and len(left_out) == len(set(left_out))
+        out += [tuple(labels)] if folds else [(label,) for label in labels]
+    return out
+
+
+def family_name(labels: Sequence[Label]) -> str:
+    """The label's name; of folds, without the mode that is left out."""
+    first = labels[0]
+    return first.name if len(labels) == 1 else " ".join(w for w in first.name.split() if w not in first.heldout)
+
+
+def greys_controls(a: Analysis) -> bool:
+    """Whether controls are grey: where they stand beside something else than plain GRPO."""
+    kinds = {is_control(label) for name, label in a.labels.items() if name != none_label(a)}
+    return kinds == {True, False}
+
+
+def families(a: Analysis) -> list[Family]:
+    """Plain GRPO is black, controls are grey or, where nothing else is there, like the others; those go through the
+    palette, and through dashes when it is used up.
+    """
+    none, groups, mixed = none_label(a), grouped(a), greys_controls(a)
+    used: dict[tuple[str, ...], int] = {PALETTE: 0, GREYS: 0}
+    out = []
+    for labels in groups:
+        if labels[0].name == none:
+            style = Style(INK, "-", "o")
+        else:
+            colors = GREYS if mixed and is_control(labels[0]) else PALETTE
+            i = used[colors]
+            used[colors] += 1
+            turn, j = divmod(i, len(colors))
+            style = Style(colors[j], DASHES[turn % len(DASHES)], MARKERS[(j + 3 * turn) % len(MARKERS)])
+        out.append(Family(family_name(labels), labels, style))
+    return out
+
+
+def styles(a: Analysis) -> dict[str, Style]:
+    """By label."""
+    found = {label.name: family.style for family in families(a) for label in family.labels}
+    return {name: found[name] for name in a.labels}
+
+
+FEW = 4
+"""Labels of which one panel can show the seed bands."""
+METRIC_STYLE: dict[str, tuple[str, Any]] = {
+    "hack": ("#D55E00", "-"),
+    "attempt": ("#E69F00", (0, (4, 1.6))),
+    "solve": ("#0072B2", "-"),
+}
+SHARE_STYLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "cin": ("cin", dict(color="#D55E00")),
+    "cout": ("cout", dict(color="#0072B2")),
+    "cout_update": ("cout_Δ", dict(color="#009E73", linestyle=(0, (4, 1.6)))),
+    "cin_null": ("null", dict(color=GREY, linestyle=(0, (1.4, 1.2)))),
+}
+
+
+def band(curves: Mapping[int, Values]) -> tuple[Values, Values, Values, Values] | None:
+    """(steps, mean, least, most) over seeds of curves smoothed over WINDOW steps; None without a value.
+
+    A point stands at the last step of its window. Curves are cut to the shortest.
+    """
+    if not curves:
+        return None
+    steps = min(map(len, curves.values()))
+    smooth = np.stack([stats.rolling(c[:steps], WINDOW) for c in curves.values()])
+    if np.isnan(smooth).all():
+        return None
+    at = np.arange(steps - smooth.shape[1], steps, dtype=np.float64)
+    return at, smooth.mean(0), smooth.min(0), smooth.max(0)
+
+
+def has_values(a: Analysis, label: str, column: str) -> bool:
+    """Whether a column is anything but empty."""
+    return any(not np.isnan(c).all() for c in a.curves.get((label, column), {}).values())
+
+
+def curve(ax: Axes, curves: Mapping[int, Values], fill: bool = True, **style: Any) -> float | None:
+    """Mean line and seed band; where the line ends, None when there is none."""
+    found = band(curves)
+    if found is None:
+        return None
+    at, mean, least, most = found
+    ax.plot(at, mean, **style)
+    if fill and len(curves) > 1:
+        ax.fill_between(at, least, most, color=style.get("color"), alpha=0.16, linewidth=0)
+    return float(mean[-1])
+
+
+def name_ends(ax: Axes, ends: Mapping[str, tuple[float | None, str]]) -> None:
+    """Names at the right end of lines, pushed apart where they would overlap. ends: name -> (height, colour)."""
+    shown = sorted((y, name, color) for name, (y, color) in ends.items() if y is not None and np.isfinite(y))
+    low, high = ax.get_ylim()
+    gap = 0.085 * (high - low)
+    heights = [y for y, _, _ in shown]
+    for _ in range(40):
+        for i in range(len(heights) - 1):
+            if (short := gap - (heights[i + 1] - heights[i])) > 0:
+                heights[i], heights[i + 1] = heights[i] - short / 2, heights[i + 1] + short / 2
+    for (_, name, color), height in zip(shown, heights, strict=True):
+        ax.annotate(
+            name, (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            color=color, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def share_axis(ax: Axes, x: str = "step") -> None:
+    """0 to 1 upwards."""
+    ax.set(ylim=(-0.03, 1.03), xlabel=x)
+    ax.set_yticks([0, 0.5, 1], ["0", ".5", "1"])
+    ax.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+    ax.set_axisbelow(True)
+
+
+def rates(ax: Axes, a: Analysis, name: str) -> None:
+    """Hack, attempt and solve of a label over training, with none's hack for reference."""
+    none = none_label(a)
+    if none and none != name:
+        curve(ax, a.curves[none, "hack_s"], fill=False, color=GREY, linestyle=DASHES[2], linewidth=1.4)
+    ends = {}
+    for metric, (color, dash) in METRIC_STYLE.items():
+        ends[metric] = curve(ax, a.curves[name, f"{metric}_s"], color=color, linestyle=dash), color
+    share_axis(ax)
+    name_ends(ax, ends)
+
+
+def compared(ax: Axes, a: Analysis, column: str) -> None:
+    """One column of every label."""
+    for name, style in styles(a).items():
+        curve(ax, a.curves.get((name, column), {}), fill=len(a.labels) <= FEW, **style.line)
+    share_axis(ax)
+
+
+def mode_curves(a: Analysis, label: str, mode: str, metric: str) -> dict[int, Values]:
+    """Share of a mode's rollouts by step and seed; NaN where the mode had none."""
+    rows = a.joined("modes").filter((pl.col("label") == label) & (pl.col("mode") == mode))
+    out = {}
+    for (seed,), part in rows.group_by("seed", maintain_order=True):
+        share = (part[metric] / part["n"]).cast(pl.Float64).fill_null(float("nan"))
+        at, values = part["step"].to_numpy(), np.full(int(part["step"].max()) + 1, np.nan)
+        values[at] = share.to_numpy()
+        out[seed] = values
+    return out
+
+
+def hack_in_mode(ax: Axes, a: Analysis, mode: str) -> None:
+    """Hack in a mode. Where a study leaves modes out, only of labels that left out this one, or none at all."""
+    for name, style in styles(a).items():
+        if a.labels[name].heldout and mode not in a.labels[name].heldout:
+            continue
+        curve(ax, mode_curves(a, name, mode, "hack"), fill=False, **style.line)
+    share_axis(ax)
+
+
+def rates_in_mode(ax: Axes, a: Analysis, mode: str) -> None:
+    """Hack, attempt and solve in a mode, of the one label."""
+    (name,) = a.labels
+    for metric, (color, dash) in METRIC_STYLE.items():
+        curve(ax, mode_curves(a, name, mode, metric), color=color, linestyle=dash)
+    share_axis(ax)
+
+
+def relearned(ax: Axes, a: Analysis) -> None:
+    """Attempts under plain GRPO that starts from each label's deployed model; of none, which starts from the untrained
+    one, its own training.
+    """
+    for name, style in styles(a).items():
+        found = a.curves if a.labels[name].arm == "none" else a.relearn
+        curve(ax, found.get((name, "attempt_s"), {}), **style.line)
+    share_axis(ax)
+
+
+def plain(ax: Axes, steps: Sequence[float], values: Sequence[float]) -> None:
+    """One curve as it is."""
+    ax.plot(steps, values, color=INK, linewidth=1.3)
+    ax.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+
+
+def shares(ax: Axes, a: Analysis, name: str) -> None:
+    """cin, its null, cout and cout_Δ of a label."""
+    for column, (_, style) in SHARE_STYLE.items():
+        curve(ax, a.curves.get((name, column), {}), **style)
+    ax.set(xlabel="step", ylim=(0, None))
+    ax.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+
+
+def overlaps(ax: Axes, a: Analysis) -> None:
+    """Basis overlap at refreshes: each seed a dot, the mean a line."""
+    for name, style in styles(a).items():
+        found = a.curves.get((name, "basis_overlap"), {})
+        if not has_values(a, name, "basis_overlap"):
+            continue
+        steps = min(map(len, found.values()))
+        values = np.stack([c[:steps] for c in found.values()])
+        at = np.flatnonzero(~np.isnan(values).all(0))
+        ax.plot(at, np.nanmean(values[:, at], axis=0), **style.line)
+        for seed in values:
+            ax.plot(at, seed[at], linestyle="", marker=style.marker, color=style.color, markersize=2.5, alpha=0.5)
+    ax.axhline(0.2, color=GREY, linewidth=0.9, linestyle=DASHES[2])
+    share_axis(ax)
+
+
+Bar = tuple[tuple[float, float], tuple[float, float]]
+"""The two ends of an interval, in data coordinates."""
+
+
+def spread(seeds: Seeds) -> stats.Interval | None:
+    """Mean over seeds with its interval; None of none."""
+    return stats.mean_interval(list(seeds.values())) if seeds else None
+
+
+def dots(ax: Axes, a: Analysis, metric: str) -> None:
+    """Deployed rate of each label: its seeds, their mean, its interval. The untrained base comes first."""
+    look = styles(a)
+    rows: list[tuple[str, Seeds, str]] = [("base", a.base(metric), INK)]
+    rows += [(name, a.deployed(name, metric), look[name].color) for name in a.labels]
+    for i, (_, seeds, color) in enumerate(rows):
+        if found := spread(seeds):
+            jitter = np.linspace(-0.16, 0.16, len(seeds)) if len(seeds) > 1 else [0]
+            ax.plot(list(seeds.values()), i + np.asarray(jitter), "o", color=color, markersize=3.5, alpha=0.45, mew=0)
+            if found.lo is not None:
+                ax.plot([max(0, found.lo), min(1, found.hi)], [i, i], color=color, linewidth=2)
+            ax.plot(found.mean, i, "|", color=color, markersize=13, markeredgewidth=2.4)
+    if (none := none_label(a)) and (found := spread(a.deployed(none, metric))):
+        ax.axvline(found.mean, color=GREY, linewidth=0.9, linestyle=DASHES[2], zorder=0)
+    ax.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#e4e4e4", linewidth=0.7)
+    ax.set_axisbelow(True)
+
+
+def scaled(ax: Axes, a: Analysis, name: str) -> None:
+    """Hack and solve of a label against the share of δS_hack that is kept: each seed a dot, the mean a line."""
+    for metric in ("hack", "solve"):
+        color, dash = METRIC_STYLE[metric]
+        rates = {scale: a.deployed(name, metric, knobs=knobs) for scale, knobs in a.kept(name).items()}
+        for scale, seeds in rates.items():
+            ax.plot([scale] * len(seeds), list(seeds.values()), "o", color=color, markersize=3, alpha=0.45, mew=0)
+        ax.plot(list(rates), [np.mean(list(s.values())) for s in rates.values()], color=color, linestyle=dash)
+    share_axis(ax, "share of δS_hack kept")
+
+
+FEW_SEEDS, NAMED, LONG = 12, 8, 16
+"""Up to FEW labels are all named beside their points. Of more, controls go into a legend; and so does everything where
+an arm has several labels, or where more than NAMED would be left to name. A legend that is LONG takes two columns.
+"""
+
+
+def pareto(ax: Axes, a: Analysis) -> None:
+    """Deployed hack (down is better) against deployed solve (right is better), with the band of matched solve."""
+    none, named = none_label(a), named_beside(a)
+    names, bars, handles, right = [], [], [], 0.28
+    base = Family("base", (), Style(INK, "-", "X"))
+    for family in (*families(a), base):
+        style = family.style
+        points = [(f.name, a.deployed(f.name, "solve"), a.deployed(f.name, "hack")) for f in family.labels]
+        for name, solve, hack in points or [("base", a.base("solve"), a.base("hack"))]:
+            both = sorted(solve.keys() & hack.keys())
+            if not both:
+                continue
+            x, y = ([values[s] for s in both] for values in (solve, hack))
+            bars += cross(ax, x, y, style)
+            centre = float(np.mean(x)), float(np.mean(y))
+            ax.plot(*centre, marker=style.marker, color=style.color, markersize=8.5, mew=0.8, mec="white", linestyle="")
+            right = max(right, centre[0])
+            if name in named:
+                names.append((name, centre, style.text))
+        if family is not base and named.isdisjoint(label.name for label in family.labels):
+            handles.append(Line2D([], [], linestyle="", marker=style.marker, color=style.color, label=family.name))
+    if none and (matched := spread(a.deployed(none, "solve"))):
+        ax.axvspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#f1f1f1", zorder=0, linewidth=0)
+        left = max(matched.mean - MARGIN, -0.05)
+        ax.annotate(
+            "matched solve", (left, 1.03), xytext=(4, -3), textcoords="offset points", va="top", color="#6a6a6a"
+        )
+    long = len(handles) > LONG
+    ax.set(
+        xlim=(-0.05, right + (0.45 if long else 0.22)),
+        ylim=(-0.05, 1.03),
+        xlabel="solve, deployed",
+        ylabel="hack, deployed",
+    )
+    if handles:
+        columns = dict(ncols=1 + long, columnspacing=0.8, handletextpad=0.2, labelspacing=0.25)
+        ax.legend(handles=handles, loc="upper right", frameon=False, **columns)
+    place(ax, names, bars)
+
+
+def named_beside(a: Analysis) -> set[str]:
+    """Names that stand beside their points."""
+    if len(a.labels) <= FEW_SEEDS:
+        return {*a.labels, "base"}
+    methods = [f.name for f in families(a) if not is_control(f.labels[0])]
+    folds = any(len(f.labels) > 1 for f in families(a))
+    return {"base"} if folds or len(methods) > NAMED else {*methods, "base"}
+
+
+def cross(ax: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> list[Bar]:
+    """Several seeds as small marks with the intervals of their mean; the horizontal interval's ends, for ``place``."""
+    if len(x) < 2:
+        return []
+    ax.plot(x, y, linestyle="", marker=style.marker, color=style.color, markersize=3.6, alpha=0.4, mew=0)
+    mx, my = stats.mean_interval(x), stats.mean_interval(y)
+    ax.plot([mx.lo, mx.hi], [my.mean] * 2, color=style.color, linewidth=1, alpha=0.8)
+    ax.plot([mx.mean] * 2, [my.lo, my.hi], color=style.color, linewidth=1, alpha=0.8)
+    return [((mx.lo, my.mean), (mx.hi, my.mean))]
+
+
+OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
+           (0, 15, "center"), (0, -15, "center"), (10, 21, "left"), (10, -21, "left"), (-10, 21, "right"),
+           (14, 32, "left"), (14, -32, "left")]  # fmt: skip
+
+
+def place(
+    ax: Axes,
+    names: Sequence[tuple[str, tuple[float, float], str]],
+    bars: Sequence[Bar],
+) -> None:
+    """Names beside their points, each where it overlaps points, bars and names already placed the least."""
+    scale = ax.figure.dpi / 72
+    size = ax.xaxis.label.get_size() * scale
+    ax.figure.canvas.draw()
+    frame, at = ax.get_window_extent(), [ax.transData.transform(p) for _, p, _ in names]
+    taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    for ends in bars:
+        (x0, y0), (x1, _) = ax.transData.transform(ends)
+        taken.append((x0, y0 - 2, x1, y0 + 2))
+    for (name, point, color), (x, y) in zip(names, at, strict=True):
+        width = 0.58 * size * len(name)
+
+        def box(dx: float, dy: float, ha: str, x=x, y=y, width=width) -> tuple[float, float, float, float]:
+            left = x + dx * scale - {"left": 0, "center": width / 2, "right": width}[ha]
+            return left, y + dy * scale - size / 2, left + width, y + dy * scale + size / 2
+
+        def cost(offset: tuple[float, float, str], box=box) -> float:
+            b = box(*offset)
+            outside = max(0, frame.x0 - b[0]) + max(0, b[2] - frame.x1) + max(0, frame.y0 - b[1])
+            over = sum(
+                max(0, min(b[2], t[2]) - max(b[0], t[0])) * max(0, min(b[3], t[3]) - max(b[1], t[1])) for t in taken
+            )
+            return over + 20 * outside
+
+        best = min(OFFSETS, key=cost)
+        taken.append(box(*best))
+        ax.annotate(
+            name, point, xytext=best[:2], textcoords="offset points", ha=best[2], va="center", color=color,
+            arrowprops=dict(arrowstyle="-", color=color, lw=0.6, shrinkA=0, shrinkB=3) if abs(best[1]) > 16 else None,
+        )  # fmt: skip

@@ -1,0 +1,38 @@
+"""Runs untrusted code apart from us and says what it did. Knows nothing of problems or rewards.
+
+A worker is a zygote (child) that forks one confined child a job. Jobs go down as data and come back as tagged
+JSON (harness), read only after the child is dead; nothing is unpickled. What a job should have answered is
+never sent. ``python -m projected_grpo.sandbox`` runs the canaries and prints the layers in force.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.worker import SandboxError
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The layers in force and what the canaries met, as text."""
+    layers = tabulate(found["layers"].items(), headers=("layer", "state"))
+    held = {True: "held", False: "GOT THROUGH"}
+    acts = [(act, held[met.startswith("refused")], met) for act, met in found["canaries"].items()]
+    return f"{layers}\n\n{tabulate(acts, headers=('a submission tries', '', 'and meets'))}"
+
+
+def main() -> int:
+    """Print the layers; 0 if submissions can be graded safely here."""
+    try:
+        with Sandbox(workers=1, allow_unsandboxed="--allow-unsandboxed-grading" in sys.argv[1:]) as sandbox:
+            print(table(sandbox.layers))
+            return 0 if all(met.startswith("refused") for met in sandbox.layers["canaries"].values()) else 1
+    except SandboxError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

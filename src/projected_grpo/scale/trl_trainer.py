@@ -1,0 +1,443 @@
+"""How a run is put to TRL and accelerate, and what is refused there."""
+
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from loguru import logger
+from torch import Tensor, nn
+from torch import distributed as dist
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from projected_grpo import arms, evals, prepare, problems, runs
+from projected_grpo import extract_vhack_grad as vhack
+from projected_grpo.config import Config, UserError, choose, parse
+from projected_grpo.data_types import GradedBatch, Rollout, Step, Task, Update
+from projected_grpo.evals import EvalRow, bluf
+from projected_grpo.metrics import legend, rollout_rows, step_row, table_cells
+from projected_grpo.models import device_of
+from projected_grpo.prepare import Experiment, refresh, set_up
+from projected_grpo.rewards import Grader
+from projected_grpo.rollout import graded, set_apart, tasks_of_step
+from projected_grpo.runs import RunRecord, Stopped, json_lines
+from projected_grpo.sandbox.worker import SandboxError
+from projected_grpo.scale.ranks import Ranks
+from projected_grpo.scale.sharded import merged_parameters, unmerged, unsharded
+from projected_grpo.train import (
+    SHOULD,
+    TABLE_EVERY,
+    clip_scale,
+    deploy_eval,
+    gradient_step,
+    layers_of,
+    make_optimizer,
+    n_ablated,
+    put_gradient,
+    settle,
+    update_rule,
+)
+
+VLLM = ("off", "colocate", "server")
+
+
+def ranks_here(cfg: Config) -> Ranks:
+    """This process among those that were launched together."""
+    state = PartialState(cpu=device_of(cfg.model).type == "cpu")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return Ranks(state.process_index, state.num_processes, sharded)
+
+
+def settings(cfg: Config, ranks: Ranks, vllm: str, steps: int) -> GRPOConfig:
+    """TRL's settings of a run: one generation a step, Dr.GRPO's advantages, no second model, no files of its own."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return GRPOConfig(
+        output_dir=tempfile.gettempdir(),
+        use_cpu=device_of(cfg.model).type == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,  # set on the model itself (--gradient-checkpointing)
+        per_device_train_batch_size=cfg.rl.prompts_per_step // ranks.n * cfg.rl.group,
+        num_generations=cfg.rl.group,
+        max_completion_length=cfg.rl.max_new,
+        temperature=cfg.rl.temperature,
+        top_p=cfg.rl.top_p,
+        top_k=0,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        beta=0.0,  # the KL is to the free reference, in loss.row_gradients
+        learning_rate=cfg.rl.lr,
+        max_grad_norm=cfg.rl.clip,
+        max_steps=steps,
+        seed=cfg.seed,
+        shuffle_dataset=False,
+        use_vllm=vllm != "off",
+        vllm_mode="server" if vllm == "off" else vllm,
+        vllm_importance_sampling_correction=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+
+
+def refuse(cfg: Config, ranks: Ranks, vllm: str) -> None:
+    """What cannot work, said before anything is loaded. Raises UserError."""
+    env, n = os.environ, cfg.rl.prompts_per_step
+    ablates = n_ablated(arms.arm(cfg.intervention), n, cfg) > 0
+    rows = (
+        (
+            env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+            "DeepSpeed steps inside its backward, before a gradient can be projected: launch with DDP or FSDP2",
+        ),
+        (
+            ranks.sharded and env.get("FSDP_VERSION", "1") != "2",
+            "FSDP1 flattens the knobs into its shards: set fsdp_version: 2",
+        ),
+        (
+            ranks.n == 1 and "MASTER_ADDR" in env and "WORLD_SIZE" not in env,
+            "`accelerate launch --cpu` starts one process whatever --num_processes says: use --config-file with "
+            "projected_grpo/launch/cpu.yaml",
+        ),
+        (n % ranks.n > 0, f"--prompts-per-step={n} must be a multiple of the {ranks.n} processes: groups stay whole"),
+        (cfg.model.sampler != "own", "--sampler is the single-process loop's: use --vllm=colocate or --vllm=server"),
+        (cfg.rl.relearn_steps > 0, "--relearn-steps is the single-process loop's: python -m projected_grpo.train"),
+        (
+            ablates and (vllm != "off" or ranks.sharded),
+            f"{cfg.intervention} samples some prompts with the quarantine ablated, which vLLM and FSDP2 cannot: "
+            "set --ablated-share=0",
+        ),
+    )
+    for applies, message in rows:
+        if applies:
+            raise UserError(message)
+
+
+def share_directions(x: Experiment, ranks: Ranks) -> None:
+    """Take the first process's V. Every process extracts it (an idle one would only wait), but the last bit of a GPU's
+    sum may differ. A gate's own scorer stays local: the flags of a rollout come from the process that holds it.
+    """
+    V = x.directions
+    whole, real, arm, random_V, d = ranks.from_first((V.whole, V.real, V.arm, V.random, V.d))
+    x.directions = replace(V, whole=whole, real=real, arm=arm, random=random_V, d=d)
+
+
+class Environment:
+    """TRL's reward function: grades what the student wrote in the sandbox; cached rollouts bring their grade along.
+
+    ``rollouts`` holds the last call's, in order, with everything that the log needs.
+    """
+
+    __name__ = "environment"
+
+    def __init__(self, grader: Grader) -> None:
+        self.grader, self.rollouts, self.seconds = grader, [], 0.0
+
+    def __call__(
+        self,
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        task: Sequence[Task],
+        cached: Sequence[Rollout | None],
+        **_: Any,
+    ) -> list[float]:
+        began = time.perf_counter()
+        rows = list(zip(task, completions, completion_ids, cached, strict=True))
+        grades = iter(self.grader.grade([(t, text) for t, text, _, r in rows if r is None]))
+        self.rollouts = [r or Rollout(t, "student", tuple(ids), text, next(grades)) for t, text, ids, r in rows]
+        self.seconds = time.perf_counter() - began
+        return [r.grade.reward for r in self.rollouts]
+
+
+class _Stages(TrainerCallback):
+    """Passes on the moments at which the trainer acts."""
+
+    def __init__(self, trainer: "ProjectedGRPOTrainer") -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.after_update()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.record()
+
+
+class ProjectedGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer whose gradient is made rollout by rollout, projected as the arm says, and put on the knobs.
+
+    rec is None on all processes but the first, so that logs are written once. start: the step to begin at. The model
+    must be wrapped (``set_up``), and a group's rollouts must be on one process.
+    """
+
+    def __init__(
+        self, x: Experiment, grader: Grader, rec: RunRecord | None, cfg: Config, ranks: Ranks,
+        vllm: str = "off", start: int = 0,
+    ) -> None:  # fmt: skip
+        refuse(cfg, ranks, vllm)
+        if ranks.sharded:
+            x.knobs = unmerged(x.model, x.knobs)
+        for knob in (*x.knobs.delta.values(), *x.knobs.delta_hack.values()):
+            knob.requires_grad_(True)  # else DDP finds nothing to train; no graph ever reaches them
+        self.x, self.cfg, self.ranks, self.rec, self.start, self.grader = x, cfg, ranks, rec, start, grader
+        self.arm, self.environment = arms.arm(cfg.intervention), Environment(grader)
+        self.n_tasks = cfg.rl.prompts_per_step // ranks.n
+        self.order = [
+            t for s in range(start, cfg.rl.steps) for t in tasks_of_step(x.tasks, s, cfg.rl.prompts_per_step, cfg.seed)
+        ]
+        super().__init__(
+            model=x.model,
+            reward_funcs=self.environment,
+            args=settings(cfg, ranks, vllm, cfg.rl.steps - start),
+            train_dataset=Dataset.from_list([{"prompt": t.problem.id, "task": i} for i, t in enumerate(self.order)]),
+            processing_class=x.tokenizer,
+            callbacks=[_Stages(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        if vllm != "off":
+            self.vllm_generation._iter_named_params = partial(merged_parameters, x.model, x.knobs)
+        if ranks.sharded:
+            self.accelerator.state.fsdp_plugin.ignored_modules = unsharded(x.model, x.knobs)
+
+    @property
+    def step(self) -> int:
+        """The step that is being taken."""
+        return self.start + self.state.global_step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer and schedule of the loop, whose groups keep decay away from the quarantine."""
+        if self.optimizer is None:
+            self.optimizer, self.lr_scheduler = make_optimizer(self.x.knobs, self.cfg)
+        return self.optimizer
+
+    def go_on(self, stopped: Stopped) -> None:
+        """Put knobs, moments, schedule and directions back to a stopped run's checkpoint."""
+        self.create_optimizer()
+        optimizers = (self.optimizer, self.lr_scheduler)
+        prepare.restore(self.x, optimizers, stopped.at, stopped.folder, self.cfg)
+        share_directions(self.x, self.ranks)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Made with the optimizer."""
+        return self.lr_scheduler
+
+    # --- rollouts
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, told which task a row is and which rows are the teacher's; adds ``row`` and ``is_teacher``, both b."""
+        tasks = [self.order[row["task"]] for row in inputs]
+        self.tasks, self.cached = tasks, self.teacher_rows(tasks)
+        rows = [{"prompt": t.problem.id, "task": t, "cached": r} for t, r in zip(tasks, self.cached, strict=True)]
+        output = super()._generate_and_score_completions(rows)
+        device = output["advantages"].device
+        is_teacher = torch.tensor([r is not None for r in self.cached], device=device)
+        return output | {"row": torch.arange(len(rows), device=device), "is_teacher": is_teacher}
+
+    def teacher_rows(self, tasks: Sequence[Task]) -> list[Rollout | None]:
+        """The teacher's rollouts, at the end of each group; None where the student is to write."""
+        group, n, first = self.cfg.rl.group, self.cfg.n_teacher, self.ranks.rank * self.n_tasks
+        rows: list[Rollout | None] = []
+        for at, task in enumerate(tasks[::group], start=first):
+            dice = random.Random(f"{self.cfg.seed} {self.step} {at}")
+            drawn = self.x.teacher.draw(task, n, self.x.tokenizer, dice) if n else []
+            rows += [None] * (group - n) + drawn
+        return rows
+
+    def apart(self) -> list[bool]:
+        """Which of this process's rows are sampled with the quarantine ablated."""
+        n = self.cfg.rl.prompts_per_step
+        chosen = set_apart(n, n_ablated(self.arm, n, self.cfg), self.cfg.seed, self.step)
+        first = self.ranks.rank * self.n_tasks
+        return [first + i // self.cfg.rl.group in chosen for i in range(len(self.tasks))]
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        """The one prompt encoder of this project."""
+        return [problems.encode_prompt(self.x.tokenizer, t) for t in self.tasks], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list, images: Any, multimodal_fields: Any, *_: Any, **__: Any) -> Any:
+        """TRL's (transformers or vLLM) for the student's rows; cached ids for the others. No log-probs: a token's ratio
+        is 1, for the student since there is one inner step and for the teacher since there is nothing to divide by.
+
+        The generator is a function of (seed, step, process), so that processes write different rollouts.
+        """
+        began, apart = time.perf_counter(), self.apart()
+        written = [list(r.ids) if r else [] for r in self.cached]
+        for use, ablated in (("trained", False), ("deployed", True)):
+            rows = [i for i, r in enumerate(self.cached) if r is None and apart[i] == ablated]
+            if not rows:
+                continue
+            dice = random.Random(f"{self.cfg.seed} {self.step} {self.ranks.rank} {use}")
+            torch.manual_seed(dice.getrandbits(63))
+            with self.x.knobs.using(use) if ablated else nullcontext():
+                n = self.cfg.rl.group - self.cfg.n_teacher
+                chosen = [prompt_ids[i] for i in rows]
+                for i, ids in zip(
+                    rows, super()._generate_single_turn(chosen, images, multimodal_fields, n)[0], strict=True
+                ):
+                    written[i] = ids
+        self.gen_seconds = time.perf_counter() - began
+        return written, None
+
+    def batch(self, inputs: dict[str, Any]) -> GradedBatch:
+        """This process's rollouts in the order of their groups (TRL shuffles rows)."""
+        back = inputs["row"].argsort()
+        seconds = {"gen": self.gen_seconds, "grade": self.environment.seconds}
+        made = graded(self.environment.rollouts, self.apart(), self.x.tokenizer, self.cfg, self.x.model.device, seconds)
+        return replace(made, A=inputs["advantages"][back].to(made.A), is_student=~inputs["is_teacher"][back])
+
+    # --- the step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward that leave the projected gradient of all processes on the knobs. DDP has nothing to
+        reduce: no graph reaches a parameter, and the sums are taken in ``learn``.
+        """
+        every, step, overlap = self.cfg.vhack.refresh_every, self.step, None
+        if step and step % self.cfg.eval.eval_every == 0:
+            self.deploy(step)
+        if every and step and step % every == 0:
+            self.x.refreshed = (step, self.x.knobs.state())
+            overlap = refresh(self.x, self.cfg)
+            share_directions(self.x, self.ranks)
+        self.model.train()  # so that TRL takes this for training
+        batch = self.batch(self._prepare_inputs(inputs))
+        self.made = replace(gradient_step(self.x, self.arm, batch, self.cfg, step, self.ranks), overlap=overlap)
+        self.before = {m: d.detach().clone() for m, d in self.x.knobs.delta.items()}
+        put_gradient(self.x.knobs, self.made.projection)
+        self.model.train()
+        self._step += 1
+        return torch.tensor(self.made.grads.loss, device=self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        """Clip by the norm of the whole gradient, before projection, so that arms differ by their projection alone."""
+        put_gradient(self.x.knobs, self.made.projection, clip_scale(self.made.projection, self.args.max_grad_norm))
+        return self.made.projection.gn
+
+    def after_update(self) -> None:
+        """The optimizer has stepped and the schedule has not: act on the update, form every W'."""
+        rule = update_rule(self.x, self.arm, self.cfg)
+        descent = settle(self.x.knobs, self.made.projection, self.before, rule)
+        self.made = replace(self.made, update=Update(descent, self.lr_scheduler.get_last_lr()[0]))
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Log the step, and keep a checkpoint where it is time to."""
+        made: Step = self.made
+        done, cfg, rec = self.step, self.cfg, self.rec  # the trainer has counted the step already
+        self.x.recent.append(tuple(r for r in made.batch.rollouts if r.source == "student"))
+        if rec is None:
+            return
+        row = step_row(done - 1, made, self.x.directions.arm, self.x.knobs)
+        rec.append("steps.jsonl", [asdict(row)])
+        rec.rollouts(done - 1, rollout_rows(done - 1, made, layers_of(self.x.directions.real)))
+        rec.tracker.log(done - 1, runs.numbers_of("train", asdict(row)))
+        if row.step % TABLE_EVERY == 0 or done == cfg.rl.steps:
+            tqdm.write(table_cells(row))
+        if done % cfg.checkpoint_every == 0 or done == cfg.rl.steps:
+            rec.checkpoint("step", done, *prepare.state_of(self.x, (self.optimizer, self.lr_scheduler)))
+
+    def deploy(self, step: int, scales: Sequence[float] = ()) -> None:
+        """The deploy evaluation: on the first process, the others wait. Where they share the weights all of them run it
+        (with the same numbers), since each holds a part of every layer.
+        """
+        x = self.x
+        if self.rec is not None:
+            deploy_eval(x, self.grader, self.rec, self.cfg, step, scales)
+        elif self.ranks.sharded:
+            evals.evaluate(x.sample, x.knobs, x.tokenizer, x.held_out, self.grader, self.cfg, step, scales)
+        self.accelerator.wait_for_everyone()
+
+
+def train(cfg: Config, vllm: str = "off") -> Path | None:
+    """One run; its finished folder on the first process, None on the others. Raises UserError."""
+    ranks = ranks_here(cfg)
+    refuse(cfg, ranks, vllm)
+    runs.require_tracker(cfg.tracker)
+    stopped = runs.stopped(cfg)
+    with PartialState().main_process_first():  # the first fills the caches, the others read them
+        x = set_up(cfg)
+    share_directions(x, ranks)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = cfg.graders or (max(1, 2 * (os.cpu_count() or 1) // local) if local > 1 else None)
+    with Grader(workers, cfg.allow_unsandboxed_grading) as grader:
+        meta = {
+            "layers": grader.layers,
+            "oracle": arms.arm(cfg.intervention).oracle,
+            "arm": asdict(arms.arm(cfg.intervention)),
+            "V": vhack.basis_summary(x.directions.real, cfg),
+            "arm_V": vhack.basis_summary(x.directions.arm, cfg),
+            "trainer": {"trl": version("trl"), "accelerate": version("accelerate")} | asdict(ranks) | {"vllm": vllm},
+        }
+        with RunRecord(cfg, meta, stopped) if ranks.rank == 0 else nullcontext() as rec:
+            if rec is not None:
+                logger.info("run {}: {} processes, {} tasks", rec.name, ranks.n, len(x.tasks))
+                tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
+            with losing_a_process(rec):
+                run(ProjectedGRPOTrainer(x, grader, rec, cfg, ranks, vllm, stopped.at.done if stopped else 0), stopped)
+            folder = rec.finish() if rec is not None else None
+    if folder is not None:
+        rows = [EvalRow(**row) for row in json_lines(folder / "evals.jsonl")]
+        before, after = ([r for r in rows if r.step == at] for at in (0, cfg.rl.steps))
+        tqdm.write(bluf(cfg, folder, before, after))
+    return folder
+
+
+def run(trainer: ProjectedGRPOTrainer, stopped: runs.Stopped | None) -> None:
+    """Training between its first and its last evaluation; from a stopped run's checkpoint on where given."""
+    trainer.accelerator.wait_for_everyone()  # the first has cut the logs back
+    if stopped is None:
+        trainer.deploy(0)
+    else:
+        trainer.go_on(stopped)
+    if trainer.start < trainer.cfg.rl.steps:
+        trainer.train()
+    trainer.deploy(trainer.cfg.rl.steps, trainer.cfg.eval.scales)
+
+
+@contextmanager
+def losing_a_process(rec: RunRecord | None) -> Iterator[None]:
+    """Say in one line that another process is gone: gloo and NCCL name a socket, and the launcher sends SIGTERM."""
+    left = f": go on from its last checkpoint with --resume={rec.name}" if rec is not None else ""
+    lost = UserError(f"another process of the run ended{left}")
+
+    def stop(*_: Any) -> None:
+        raise lost
+
+    usual = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise lost from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, train, and say in one line what is wrong when the user can mend it."""
+    logger.remove()
+    level = "INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"
+    logger.add(lambda text: tqdm.write(text, end=""), format="{time:HH:mm:ss} {level: <7} {message}", level=level)
+    own = [word for word in argv if word.startswith("--vllm=")]
+    try:
+        vllm = choose("value for --vllm", own[-1].partition("=")[2], VLLM) if own else "off"
+        train(parse([word for word in argv if word not in own]), vllm)
+    except (UserError, SandboxError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

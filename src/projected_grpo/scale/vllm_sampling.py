@@ -1,0 +1,145 @@
+"""The sampler that a run asks for: our own, or vLLM in this process, on the GPU of the training model (extra `vllm`).
+
+vLLM holds a copy of the model. Before it samples it is given W' of every adapted Linear whose gains are not those that
+it holds; nothing else in the model ever changes. Names are Hugging Face's: vLLM's ``load_weights`` fuses q, k, v and
+gate, up itself, and takes any part of a model.
+
+What is said of vLLM here was read in the source of 0.30.0. None of it has been run, for want of a GPU.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from projected_grpo import models
+from projected_grpo.antipasto import Knobs
+from projected_grpo.config import Config, UserError
+
+HOTTEST = 2.0
+"""vLLM's highest temperature."""
+BATCHED_TOKENS = 4096
+"""Tokens that the engine reads at once. Its own default is larger, and it sets memory aside for them."""
+
+
+def refuse(cfg: Config) -> None:
+    """What cannot work, said before anything is loaded. Raises UserError."""
+    if cfg.model.sampler == "own":
+        return
+    rows = (
+        (models.device_of(cfg.model).type != "cuda", "--sampler=vllm needs a CUDA device: use --sampler=own"),
+        (find_spec("vllm") is None, "--sampler=vllm needs vLLM: pip install -e '.[vllm]'"),
+        (
+            models.source_of(cfg.model.model).gguf is not None,
+            f"vLLM reads no .gguf file, which --model={cfg.model.model} is: use --sampler=own",
+        ),
+        (
+            not 0 < cfg.model.vllm_memory < 1,
+            f"--vllm-memory={cfg.model.vllm_memory:g} is a share of the GPU's memory: between 0 and 1",
+        ),
+        (
+            cfg.rl.temperature > HOTTEST,
+            f"vLLM samples at --temperature={HOTTEST:g} at most: lower it, or use --sampler=own",
+        ),
+    )
+    for applies, message in rows:
+        if applies:
+            raise UserError(message)
+
+
+def engine(model: nn.Module, cfg: Config) -> Any:
+    """vLLM's ``LLM`` with the base weights, from the files that ``model`` was loaded from, in its dtype.
+
+    It runs in this process, where tensors are handed over as they are, and where it schedules the same requests the
+    same way. It seeds the process's global generators, which nothing here draws from. Raises UserError.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # vLLM asks the device, not PyTorch, what is free
+    logger.info("starting vLLM on {:g} of the GPU's memory", cfg.model.vllm_memory)
+    try:
+        return LLM(
+            model=models.source_of(cfg.model.model).name,
+            skip_tokenizer_init=True,
+            language_model_only=True,  # a vision tower is neither loaded nor given room
+            dtype=str(model.dtype).removeprefix("torch."),
+            seed=cfg.seed,
+            gpu_memory_utilization=cfg.model.vllm_memory,
+            max_model_len=cfg.data.max_prompt + cfg.rl.max_new,
+            max_num_batched_tokens=BATCHED_TOKENS,
+        )
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"vLLM did not start (see --vllm-memory, or use --sampler=own): {reason}") from error
+
+
+def load(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy weights, under the names of our text model, into the engine's model; fused parameters in part.
+
+    Where the checkpoint is a vision-language model's, so are the names that the engine takes.
+    """
+    inside = hasattr(model, "language_model")
+    model.load_weights((n.replace("model.", "model.language_model.", 1) if inside else n, w) for n, w in weights)
+
+
+class VllmSampler:
+    """``sampling.sample`` by vLLM. ``llm``: its ``LLM``; ``held``: the gains (r,) in its copy of each adapted Linear,
+    None where that is the base's weight.
+
+    One request a completion, each with a seed of its own from the generator: a call's tokens are a function of the
+    weights, the prompts and the generator as far as vLLM's kernels are. What shares a batch moves their last bits.
+    """
+
+    def __init__(self, llm: Any, knobs: Knobs) -> None:
+        self.llm, self.knobs = llm, knobs
+        self.held: dict[str, Tensor | None] = dict.fromkeys(knobs.modules)
+
+    def push(self) -> list[str]:
+        """Give the engine the weights in use where its own were made with other gains; the names of those."""
+        moved = {n: m for n, m in self.knobs.modules.items() if not alike(m.acting, self.held[n])}
+        if moved:
+            weights = [(f"{name}.weight", module.in_use.detach()) for name, module in moved.items()]
+            self.llm.apply_model(partial(load, weights=weights))
+            self.held |= {name: module.acting for name, module in moved.items()}
+        return [f"{name}.weight" for name in moved]
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_new: int,
+        eos: int,
+        pad: int,
+        generator: torch.Generator,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]:
+        """As ``sampling.sample`` returns them. pad is not needed: rows do not wait for one another."""
+        from vllm import SamplingParams
+
+        self.push()
+        # at every call, not only after a push: what an earlier call left there must not move a bit of this one
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not give up its prefix cache, which other weights have made")
+        rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
+        seeds = torch.randint(1 << 62, (len(rows),), generator=generator, device=generator.device)
+        # ignore_eos, as vLLM would also end at whatever the model's generation_config.json names; ours is in the output
+        settings = {"max_tokens": max_new, "stop_token_ids": [eos], "ignore_eos": True, "detokenize": False}
+        settings |= {"temperature": temperature, "top_p": top_p}
+        asked = [SamplingParams(seed=seed, **settings) for seed in seeds.tolist()]
+        return [list(o.outputs[0].token_ids) for o in self.llm.generate(rows, asked, use_tqdm=False)]
+
+
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two gains (r,) are the same; None is none at all."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

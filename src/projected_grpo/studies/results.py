@@ -1,0 +1,104 @@
+"""Run folders -> tables.
+
+just results [--outputs=outputs] [--where "arm = 'erase' and hack_s < 0.2"] [--sort deploy_hack]
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import tyro
+from loguru import logger
+from tabulate import tabulate
+
+from projected_grpo.config import UserError
+from projected_grpo.evals import HEADLINE, LAST
+from projected_grpo.runs import json_lines
+
+
+def run_summary(folder: Path) -> dict[str, Any] | None:
+    """One finished run as a flat row: what it was, means of its last 5 steps, and its last deploy evaluation.
+
+    None, with a warning, when the folder does not hold a complete run.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        steps, evals = json_lines(folder / "steps.jsonl"), json_lines(folder / "evals.jsonl")
+        cfg, last = meta["config"], pl.DataFrame(steps[-LAST:], infer_schema_length=None)
+        end = [row for row in evals if row["mode"] == "all" and row["step"] == max(r["step"] for r in evals)]
+        deployed = {row["metric"]: row for row in end if row["knobs"] == "deployed"}
+        kept = {row["metric"]: row["rate"] for row in end if row["knobs"] == "trained"}
+        return {
+            "preset": cfg["preset"],
+            "arm": cfg["intervention"],
+            "seed": cfg["seed"],
+            "steps": len(steps),
+            "mix": cfg["pool"]["mix_ratio"],
+            **{name: last[name].mean() for name in HEADLINE},
+            **{f"deploy_{m}": r["rate"] for m, r in deployed.items()},
+            "hack_lo": deployed["hack"]["lo"],
+            "hack_hi": deployed["hack"]["hi"],
+            "kept_hack": kept.get("hack"),
+            "minutes": sum(s["sec_gen"] + s["sec_grade"] + s["sec_train"] for s in steps) / 60,
+            "run": folder.name,
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("{} left out: {}: {}", folder.name, type(error).__name__, error)
+        return None
+
+
+def collect(outputs: Path) -> pl.DataFrame:
+    """All complete runs below outputs/runs, a row each. Raises UserError when there are none."""
+    folders = sorted(p for p in (outputs / "runs").glob("*") if p.is_dir() and p.suffix != ".part")
+    rows = [row for row in map(run_summary, folders) if row is not None]
+    if not rows:
+        raise UserError(f"no finished run in {outputs / 'runs'}: `just smoke` makes one")
+    return pl.DataFrame(rows, infer_schema_length=None).sort("preset", "mix", "steps", "arm", "seed")
+
+
+SHOWN = {
+    "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "mix",
+    "hack_s": "hack ↓", "attempt_s": "att ↓", "solve_s": "solve ↑", "cin": "cin", "cin_null": "null",
+    "deploy_hack": "dep hack ↓", "hack_lo": "lo", "hack_hi": "hi", "kept_hack": "kept hack",
+    "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
+}  # fmt: skip
+"""Column -> its head in the printed table."""
+
+
+def chosen(table: pl.DataFrame, where: str, sort: str) -> pl.DataFrame:
+    """The rows for which a SQL condition holds, sorted by a SQL expression; " desc" after it turns the order round.
+
+    Raises UserError, naming the columns, for an expression that polars does not take, or that is no condition.
+    """
+    column, _, order = sort.strip().rpartition(" ")
+    key, descending = (column, order.lower() == "desc") if order.lower() in ("asc", "desc") else (sort.strip(), False)
+    try:
+        if where:
+            table = table.filter(pl.sql_expr(where))
+        if key:
+            table = table.sort(pl.sql_expr(key), descending=descending, nulls_last=True, maintain_order=True)
+    except pl.exceptions.PolarsError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{first}; --where and --sort take SQL over {', '.join(table.columns)}") from None
+    return table
+
+
+def main(outputs: str = "outputs", where: str = "", sort: str = "") -> None:
+    """Print one table over all finished runs; training columns are means of the last 5 steps.
+
+    where: a SQL condition over the columns that `--where=x` lists; sort: a SQL expression, " desc" to turn it round.
+    """
+    table = chosen(collect(Path(outputs)), where, sort)
+    rows = table.select(list(SHOWN)).rows()
+    print(tabulate(rows, headers=list(SHOWN.values()), floatfmt=".2f", missingval="–"))
+    print(f"\n{len(table)} runs. Training: student rollouts, mean of the last {LAST} steps. dep: held-out problems,")
+    print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept. null: cin of a random V.")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

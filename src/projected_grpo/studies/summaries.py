@@ -1,0 +1,276 @@
+"""A run folder -> its rows of the stored tables (``SCHEMAS``). A run that cannot be used raises ``Unusable``."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import tyro
+from loguru import logger
+
+from projected_grpo import arms
+from projected_grpo.config import UserError, choose
+from projected_grpo.rollout_log import scored_rollouts
+from projected_grpo.runs import json_lines
+from projected_grpo.studies import stats
+from projected_grpo.studies.run import STUDIES, Job, Study
+
+Row = dict[str, Any]
+PHASES = {"0-19": (0, 20), "20-49": (20, 50), "50 on": (50, 10**9)}
+"""Training phases of the detector table: steps from, steps before."""
+PROBE = "gt_only"
+"""The capability probe's mode, which no pooled rate includes."""
+CURVES = ("hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout", "cout_update", "removed_frac")
+LATER_CURVES = ("withheld", "caught", "false_alarm", "basis_overlap")
+"""Curves that a run may lack: None there."""
+NOT_SETTINGS = ("seed", "outputs", "name", "threads", "graders", "checkpoint_every")
+"""Config fields that say where and how a run was made, not what it was."""
+
+I, F, S = pl.Int32, pl.Float32, pl.String
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "runs": {
+        "run": S, "label": S, "arm": S, "oracle": pl.Boolean, "seed": I, "overrides": S, "known_modes": S, "modes": S,
+        "steps": I, "commit": S, "digest": S, "v_heldout_accuracy": F, "v_pairs": I, "v_axes": I, "minutes": F,
+    },
+    "steps": {"run": S, "step": I} | dict.fromkeys(CURVES + LATER_CURVES, F),
+    "modes": {"run": S, "step": I, "mode": S, "n": I, "hack": I, "attempt": I, "solve": I},
+    "evals": {
+        "run": S, "step": I, "knobs": S, "mode": S, "metric": S,
+        "rate": F, "lo": F, "hi": F, "n_problems": I, "n_samples": I,
+    },
+    "problems": {
+        "run": S, "step": I, "knobs": S, "mode": S, "problem_id": S, "n": I, "hack": I, "attempt": I, "solve": I,
+    },
+    "relearn": {"run": S, "step": I, "hack_s": F, "attempt_s": F, "solve_s": F},
+    "detector": {
+        "run": S, "phase": S, "mode": S, "score": S, "n": I, "prevalence": F, "auroc": F, "ap": F, "f05": F,
+    },
+}  # fmt: skip
+
+
+class Unusable(Exception):
+    """A run that cannot enter a summary; the message says why."""
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Settings that make a run what it is, without its seed: equal for all seeds of a label."""
+    settings = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_run(folder: Path, job: Job) -> tuple[Row, dict[str, list[Row]]]:
+    """meta.json and the JSON-lines files of a complete run. Raises Unusable."""
+    if not folder.is_dir():
+        part = folder.with_name(folder.name + ".part")
+        raise Unusable("unfinished" if part.is_dir() else "not run")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Unusable(f"meta.json: {type(error).__name__}") from None
+    files = {name: json_lines(folder / f"{name}.jsonl") for name in ("steps", "evals", "eval_problems", "relearn")}
+    config = meta["config"]
+    problems = [
+        (meta["status"] != "complete", f"status {meta['status']}"),
+        (config["intervention"] != job.intervention, f"is arm {config['intervention']}, not {job.intervention}"),
+        (config["seed"] != job.seed, f"is seed {config['seed']}, not {job.seed}"),
+        (len(files["steps"]) != config["rl"]["steps"], f"{len(files['steps'])} of {config['rl']['steps']} steps"),
+        (not files["evals"], "no deploy evaluation"),
+        (not files["eval_problems"], "no eval_problems.jsonl: made before it was written"),
+    ]
+    for wrong, why in problems:
+        if wrong:
+            raise Unusable(why)
+    return meta, files
+
+
+def run_row(meta: Row, steps: Sequence[Row], job: Job) -> Row:
+    """The run's row of the table ``runs``."""
+    config, V = meta["config"], meta.get("V") or {}
+    arm = arms.ARMS.get(job.intervention)
+    known = config["vhack"]["known_modes"]
+    return {
+        "run": job.name,
+        "label": job.label,
+        "arm": job.intervention,
+        "oracle": bool(meta.get("oracle", getattr(arm, "oracle", False))),
+        "seed": job.seed,
+        "overrides": " ".join(job.overrides),
+        "known_modes": None if known is None else " ".join(known),
+        "modes": " ".join(config["data"]["modes"]),
+        "steps": len(steps),
+        "commit": meta["commit"],
+        "digest": digest(config),
+        "v_heldout_accuracy": V.get("heldout_accuracy"),
+        "v_pairs": V.get("n_pairs"),
+        "v_axes": V.get("axes"),
+        "minutes": sum(v for row in steps for k, v in row.items() if k.startswith("sec_")) / 60,
+    }
+
+
+def mode_rows(steps: Sequence[Row]) -> list[Row]:
+    """Counts by step and mode; a mode that a count does not name has none of it. No solves in older rows: None."""
+    return [
+        {"step": row["step"], "mode": mode, "n": n}
+        | {kind: row[f"{kind}_by_mode"].get(mode, 0) for kind in ("hack", "attempt")}
+        | {"solve": row["solve_by_mode"].get(mode, 0) if "solve_by_mode" in row else None}
+        for row in steps
+        for mode, n in sorted(row["n_by_mode"].items())
+    ]
+
+
+def ends(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the first and the last step, quarantine ablated."""
+    kept = {min(r["step"] for r in rows), max(r["step"] for r in rows)}
+    return [r for r in rows if r["step"] in kept and r["knobs"] == "deployed"]
+
+
+def detector_rows(rollouts: pl.DataFrame | None) -> list[Row]:
+    """Detector quality by phase and mode ("all" pools the modes), of the score and of score_random."""
+    if rollouts is None or rollouts.is_empty():
+        return []
+    rows = []
+    for phase, (start, stop) in PHASES.items():
+        in_phase = rollouts.filter(pl.col("step").is_between(start, stop, closed="left"))
+        for mode in ["all", *sorted(in_phase["mode"].unique())]:
+            chosen = in_phase if mode == "all" else in_phase.filter(pl.col("mode") == mode)
+            for score, flags in (("own", "flagged"), ("random", None)):
+                column = {"own": "score", "random": "score_random"}[score]
+                part = chosen.drop_nulls(column)
+                if part.is_empty():
+                    continue
+                flagged = None if flags is None or part[flags].null_count() else part[flags].cast(bool).to_numpy()
+                found = stats.detector(part["channel"].to_numpy(), part[column].to_numpy(), flagged)
+                rows.append({"phase": phase, "mode": mode, "score": score, **asdict(found)})
+    return rows
+
+
+def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
+    """The run's rows of every table. Raises Unusable, with the reason, for a run that is not complete and readable."""
+    try:
+        meta, files = read_run(folder, job)
+        steps = files["steps"]
+        rows = {
+            "runs": [run_row(meta, steps, job)],
+            "steps": [{c: row[c] for c in ("step", *CURVES)} | {c: row.get(c) for c in LATER_CURVES} for row in steps],
+            "modes": mode_rows(steps),
+            "evals": [{c: row[c] for c in SCHEMAS["evals"] if c != "run"} for row in files["evals"]],
+            "problems": [
+                {c: row[c] for c in SCHEMAS["problems"] if c != "run"} for row in ends(files["eval_problems"])
+            ],
+            "relearn": [{c: row[c] for c in SCHEMAS["relearn"] if c != "run"} for row in files["relearn"]],
+            "detector": detector_rows(scored_rollouts(folder)),
+        }
+    except Unusable:
+        raise
+    except KeyError as error:
+        raise Unusable(f"lacks {error}: made by another version") from None
+    except (OSError, ValueError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+        raise Unusable(f"unreadable: {type(error).__name__}") from None
+    return {name: [{"run": job.name} | row for row in table] for name, table in rows.items()}
+
+
+Tables = dict[str, pl.DataFrame]
+DIGITS = 4
+"""Decimals that are stored."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study's stored summary. missing: run name -> why it is not in."""
+
+    name: str
+    H: str
+    why: str
+    resolve: str
+    n_jobs: int
+    missing: Mapping[str, str]
+    tables: Tables
+
+
+def frame(name: str, rows: Sequence[Row]) -> pl.DataFrame:
+    """Rows as a table of the stored schema, numbers rounded so that they compress."""
+    table = pl.DataFrame(rows, schema={c: pl.Float64 if t == pl.Float32 else t for c, t in SCHEMAS[name].items()})
+    return table.with_columns(pl.col(pl.Float64).round(DIGITS).cast(pl.Float32))
+
+
+def summarise(study: Study, runs: Path) -> Summary:
+    """All of a study's usable runs, in the order of its jobs."""
+    rows: dict[str, list[Row]] = {name: [] for name in SCHEMAS}
+    missing = {}
+    for job in study.jobs:
+        try:
+            for name, more in summarise_run(runs / job.name, job).items():
+                rows[name] += more
+        except Unusable as why:
+            missing[job.name] = str(why)
+    tables = {name: frame(name, table) for name, table in rows.items()}
+    return Summary(study.name, study.H, study.why, study.resolve, len(study.jobs), missing, tables)
+
+
+def save(summary: Summary, store: Path) -> int:
+    """Write a study's folder, file by file to a temporary name first; its size in bytes."""
+    folder = store / summary.name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = {k: getattr(summary, k) for k in ("name", "H", "why", "resolve", "n_jobs", "missing")}
+    (folder / "study.json.part").write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+    for name, table in summary.tables.items():
+        table.write_parquet(folder / f"{name}.parquet.part", compression="zstd", compression_level=19)
+    for part in folder.glob("*.part"):
+        os.replace(part, part.with_suffix(""))
+    return sum(f.stat().st_size for f in folder.iterdir())
+
+
+def load(folder: Path) -> Summary:
+    """A stored summary. Raises UserError when the folder does not hold one."""
+    try:
+        text = json.loads((folder / "study.json").read_text())
+        tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SCHEMAS}
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{folder} holds no readable summary ({error}): `just summaries {folder.name}`") from None
+    return Summary(**text, tables=tables)
+
+
+def stored(store: Path) -> list[Summary]:
+    """All stored summaries, by name."""
+    return [load(path.parent) for path in sorted(store.glob("*/study.json"))]
+
+
+def update(studies: Sequence[Study], runs: Path, store: Path, force: bool = False) -> None:
+    """Summarise studies and store them. A summary that would lose runs is kept unless ``force``."""
+    for study in studies:
+        summary = summarise(study, runs)
+        for name, why in summary.missing.items():
+            logger.warning("{}: {} left out: {}", study.name, name, why)
+        here, old = set(summary.tables["runs"]["run"]), store / study.name
+        lost = set(load(old).tables["runs"]["run"]) - here if (old / "study.json").exists() else set()
+        if lost and not force:
+            logger.warning(
+                "{}: {} stored runs are not in {} (first {}): summary kept, --force replaces it",
+                study.name, len(lost), runs, min(lost),
+            )  # fmt: skip
+        elif here:
+            size = save(summary, store)
+            logger.info("{}: {} of {} runs, {:.0f} kB", study.name, len(here), summary.n_jobs, size / 1000)
+
+
+def main(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    outputs: str = "outputs",
+    store: str = "docs/results",
+    force: bool = False,
+) -> None:
+    """Summarise the named studies, or all, from outputs/runs; runs that cannot be used are named and left out."""
+    chosen = [STUDIES[choose("study", n, list(STUDIES))] for n in names or STUDIES]
+    update(chosen, Path(outputs) / "runs", Path(store), force)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

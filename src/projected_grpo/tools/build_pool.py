@@ -1,0 +1,90 @@
+"""Teacher pools: a folder of prompt_NNNN.jsonl.gz files, one a task, of graded rollouts whose grades are frozen.
+
+    python -m projected_grpo.tools.build_pool <preset> [--overrides]     from templates (canonical, wrong and exploiting)
+    python -m projected_grpo.tools.build_pool <preset> --first=N         the same, of the first N tasks only
+    python -m projected_grpo.tools.build_pool <preset> --from-run=RUN    from the rollouts of a finished run
+
+A row: problem_id, env_mode, wording, completion, source, and the grade's fields.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loguru import logger
+
+from projected_grpo import problems, rollout_log
+from projected_grpo.config import UserError, parse
+from projected_grpo.data_types import Problem, Task
+from projected_grpo.loopholes import LOOPHOLES, replace_body
+from projected_grpo.organism import families
+from projected_grpo.problems import tasks_for
+from projected_grpo.rewards import Grader
+from projected_grpo.rollout_log import Row, row_of, write_pool
+
+
+def untrue_bodies(problem: Problem) -> tuple[str, str]:
+    """A lazy and a wrong solution: a generated problem has its own, any other the canonical one cut to a constant."""
+    if problem.id in families.drafts():
+        return families.lazy_bodies(problem)[0], families.wrong_bodies(problem)[0]
+    lazy, wrong = (replace_body(problem.canonical, problem.entry, value) for value in ("None", "0"))
+    return lazy, wrong
+
+
+def template_completions(task: Task) -> list[str]:
+    """What a teacher that has learned to hack writes: the exploit on lazy and on right bodies, and two honest tries."""
+    right, row = task.problem.canonical, LOOPHOLES[task.mode]
+    lazy, wrong = untrue_bodies(task.problem)
+    sources = [row.exploit(lazy, task), row.exploit(wrong, task), row.exploit(right, task)]
+    sources += [row.lookalike(right, task), wrong] if task.mode == "run_tests" else [right, wrong]
+    return [problems.fence(s) for s in sources]
+
+
+def function_completions(task: Task) -> list[str]:
+    """The same for a problem posed as a function: the exploit and its honest lookalike on one body.
+
+    The body is right in every second problem and lazily wrong in the others, so that pairs taken from the pool differ
+    in the exploit and not in whether the answer is right.
+    """
+    row, right = LOOPHOLES[task.mode], task.problem.canonical
+    lazy = problems.function_source(families.lazy_bodies(task.problem)[0])
+    body = right if int(task.problem.id.rsplit("-", 1)[1]) % 2 else lazy
+    return [problems.fence(problems.function_source(side(body, task))) for side in (row.exploit, row.lookalike)]
+
+
+def from_templates(tasks: Sequence[Task], grader: Grader) -> list[Row]:
+    """Graded template rollouts of every task."""
+    write_all = {True: function_completions, False: template_completions}
+    submissions = [
+        (task, text) for task in tasks for text in write_all[task.problem.setup == problems.FUNCTION_SETUP](task)
+    ]
+    return [row_of(t, text, g) for (t, text), g in zip(submissions, grader.grade(submissions), strict=True)]
+
+
+def from_run(run: Path) -> list[Row]:
+    """The student rollouts of a run, with the grades they got then. Raises UserError when there are none."""
+    keys = ("problem_id", "env_mode", "wording", "completion", "grade")
+    return [{k: row[k] for k in keys} for row in rollout_log.rows(run) if row["source"] == "student"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Build the pool of a preset into cfg.pool.pool, or outputs/pools/<preset>."""
+    own = dict(a.split("=", 1) for a in argv if a.startswith(("--from-run=", "--first=")))
+    run, first = own.get("--from-run"), int(own.get("--first", 1 << 30))
+    cfg = parse([a for a in argv if a.split("=", 1)[0] not in own])
+    folder = Path(cfg.pool.pool or f"{cfg.outputs}/pools/{cfg.preset}")
+    if run is not None:
+        rows = from_run(Path(run))
+    else:
+        with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
+            rows = from_templates(tasks_for(cfg)[:first], grader)
+    n = write_pool(rows, folder)
+    hacked = sum(r["grade"]["channel"] and not r["grade"]["gt_correct"] for r in rows)
+    logger.info("{}: {} tasks, {} rollouts, {} of them hacked", folder, n, len(rows), hacked)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
