@@ -1,6 +1,6 @@
 """Teacher pools: a folder of prompt_NNNN.jsonl.gz files, one a task, of graded rollouts whose grades are frozen.
 
-    python -m projected_grpo.tools.build_pool <preset> [--overrides]     from templates (canonical, wrong and exploiting)
+    python -m projected_grpo.tools.build_pool <preset> [--overrides]   from templates (canonical, wrong and exploiting)
     python -m projected_grpo.tools.build_pool <preset> --first=N         the same, of the first N tasks only
     python -m projected_grpo.tools.build_pool <preset> --from-run=RUN    from the rollouts of a finished run
 
