@@ -18,9 +18,9 @@ from projected_grpo.config import Config, RLCfg, VHackCfg
 from projected_grpo.data_types import Grade, GradedBatch, Problem, Rollout, Step, Task, Wording
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.prepare import Directions, Experiment
-from projected_grpo.scale.ranks import ALONE, Ranks
+from projected_grpo.scale.ranks import Ranks
 from projected_grpo.scale.sharded import unmerged, unsharded
-from projected_grpo.train import apply_step, gradient_step, make_optimizer, update_rule
+from projected_grpo.train import apply_step, make_optimizer, one_step, update_rule
 
 GROUP, PROMPTS = 4, 4
 CFG = Config(
@@ -68,10 +68,10 @@ def batch(rows: list[Rollout], own: slice) -> GradedBatch:
     prompts = [[10 + first + i // GROUP, 20, 21][: 1 + (first + i // GROUP) % 3] for i in range(len(rows))]
     ids, mask = loss.collate(prompts, [r.ids for r in rows], 0, torch.device("cpu"))
     return GradedBatch(
-        ids, mask, rewards.flatten(), loss.advantages(rewards).flatten(),
+        ids, mask, rewards.flatten(),
         torch.tensor([(first + i // GROUP) == 2 for i in range(len(rows))]),
         torch.tensor([r.source == "student" for r in rows]), tuple(rows),
-        int((~loss.has_variance(rewards)).sum()), {"gen": 0.0, "grade": 0.0},
+        {"gen": 0.0, "grade": 0.0},
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: arms.Arm) -
     real = HackBasis(V, {m: torch.ones(2) for m in V}, {})
     used = vhack.random_basis(real, 7) if arm.basis != "hack" else real
     everything = batch(rollouts(), slice(0, PROMPTS * GROUP))
-    G = loss.row_gradients(model, knobs, everything.ids, everything.mask, torch.ones(len(everything.A))).G
+    G = loss.row_gradients(model, knobs, everything.ids, everything.mask, torch.ones(len(everything.rewards))).G
     states = detectors.pooled(model, everything.ids, everything.mask, "mean")
     evidence = {"gradient": G, "fisher": detectors.flat(G), "activation": states}
 
@@ -111,14 +111,14 @@ def experiment(cache: Path, arm: arms.Arm) -> Experiment:
 def taken(x: Experiment, arm: arms.Arm, ranks: Ranks) -> tuple[Step, dict[str, torch.Tensor]]:
     """One step on this process's share of the rollouts: what it made, and the knobs afterwards."""
     per = PROMPTS * GROUP // ranks.n
-    made = gradient_step(x, arm, batch(rollouts(), ranks.own(per)), CFG, 0, ranks)
-    apply_step(x.knobs, made.projection, *make_optimizer(x.knobs, CFG), CFG.rl.clip, update_rule(x, arm, CFG))
+    apply = lambda p: apply_step(x.knobs, p, make_optimizer(x.knobs, CFG), CFG.rl.clip, update_rule(x, arm, CFG))
+    made = one_step(x, arm, lambda: batch(rollouts(), ranks.own(per)), apply, CFG, 0, ranks)
     return made, x.knobs.state()
 
 
 def alone(cache: Path, name: str) -> tuple[Step, dict[str, torch.Tensor]]:
     """The step of that arm on all rollouts in one process."""
-    return taken(experiment(cache, arms.ARMS[name]), arms.ARMS[name], ALONE)
+    return taken(experiment(cache, arms.ARMS[name]), arms.ARMS[name], Ranks())
 
 
 def shard(x: Experiment) -> None:

@@ -155,7 +155,7 @@ def test_absorb_reversed_is_absorb(wrapped):
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
-        apply_step(knobs, data_types.Projection(g, g, 1.0, {}), optimizer, scheduler, 1.0)
+        apply_step(knobs, data_types.Projection(g, g, 1.0, {}), (optimizer, scheduler), 1.0)
     for m, d in knobs.delta.items():
         torch.testing.assert_close(d, knobs.delta_hack[m], rtol=0, atol=0)
         assert d.any()
@@ -170,11 +170,11 @@ def test_project_update_acts_on_what_the_optimizer_did(act, wrapped):
     generator = torch.Generator().manual_seed(0)
     g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
     V = {m: torch.eye(len(d), dtype=torch.float64)[:2] for m, d in knobs.delta.items()}
-    plain = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0).descent
+    plain = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), make_optimizer(knobs, cfg), 1.0).descent
     knobs.load_state(state)
     update_cfg = replace(cfg.vhack, project="update")
     acted = lambda descent: proj.acted(descent, V, V, act, update_cfg)
-    got = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), *make_optimizer(knobs, cfg), 1.0, acted).descent
+    got = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), make_optimizer(knobs, cfg), 1.0, acted).descent
     kept, _ = proj.acted(plain, V, V, act, update_cfg)
     for m in g:
         torch.testing.assert_close(got[m], kept[m], rtol=1e-6, atol=1e-9)

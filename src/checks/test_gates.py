@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from projected_grpo import arms, detectors, loss
+from projected_grpo import arms, detectors
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import VHackCfg
 from projected_grpo.extract_vhack_grad import PairGrads, fit_basis, sliced, unit_rows
@@ -30,7 +30,7 @@ def some_pairs(n: int = 12, seed: int = 0) -> PairGrads:
 
 def seen(rewards, flagged, low=None, group: int = 4, seed: int = 0) -> arms.Seen:
     rewards = torch.tensor(rewards, dtype=torch.float64)
-    A = loss.advantages(rewards.reshape(-1, group)).flatten()
+    A = arms.advantages(rewards.reshape(-1, group)).flatten()
     flags = torch.tensor(flagged)
     low = torch.zeros_like(flags) if low is None else torch.tensor(low)
     return arms.Seen(A, rewards, flags, low, group, torch.Generator().manual_seed(seed))
@@ -100,7 +100,7 @@ def test_punish_count_is_punish_on_as_many_rows_drawn_anew(rewards, flagged, see
     s = seen(rewards, flagged, seed=seed)
     got = arms.RULES["punish_count"](s)[0]
     n, rows = sum(flagged), torch.tensor(rewards, dtype=torch.float64)
-    choices = [loss.advantages(rows.where(~torch.tensor([i in c for i in range(8)]), 0.0).reshape(2, 4)).flatten()
+    choices = [arms.advantages(rows.where(~torch.tensor([i in c for i in range(8)]), 0.0).reshape(2, 4)).flatten()
                for c in map(set, itertools.combinations(range(8), n))]  # fmt: skip
     assert any(torch.allclose(got, choice) for choice in choices)
 
@@ -125,7 +125,7 @@ def test_coin_is_fair_and_ablated_rows_never_train_the_quarantine():
 def test_screened_advantages_by_a_loop():
     generator = torch.Generator().manual_seed(0)
     rewards, out = torch.rand(5, 4, generator=generator), torch.rand(5, 4, generator=generator) < 0.4
-    got = loss.advantages(rewards, out)
+    got = arms.advantages(rewards, out)
     for row in range(5):
         stay = [float(rewards[row, i]) for i in range(4) if not out[row, i]]
         for i in range(4):

@@ -22,11 +22,13 @@ from projected_grpo.train import make_optimizer, take_step
 
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""
-BLIND = (
-    "loss", "arms", "proj", "gates", "bases", "activations", "extract_vhack_grad", "rollout", "pairs", "pair_drafts",
-    "prepare", "antipasto", "sampling", "vllm_sampling", "step", "ranks", "trl_grpo",
+MODULES = (
+    "loss", "arms", "proj", "detectors", "extract_vhack_grad", "rollout", "pairs", "prepare", "antipasto", "sampling",
+    "train", "scale/vllm_sampling", "scale/ranks", "scale/sharded", "scale/trl_trainer",
 )  # fmt: skip
-"""Modules in which an advantage, a gate, V or a pair is made."""
+"""Modules in which an advantage, a gate, V or a pair is made, or a step is taken."""
+MAY_NAME_IT = {"arms": {"monitor"}, "train": {"learn", "say_outcome"}}
+"""The oracle arms' monitor; and what prints the log's numbers."""
 
 
 class Poisoned(Grade):
@@ -106,9 +108,11 @@ def test_pairs_from_a_pool_do_not_depend_on_the_verdict():
     assert len(pairs.from_pool(rows(True), tasks)) == 8
 
 
-@pytest.mark.parametrize("module", BLIND)
+@pytest.mark.parametrize("module", MODULES)
 def test_the_modules_that_make_gradients_do_not_name_the_verdict(module):
     tree = ast.parse((Path(projected_grpo.__file__).parent / f"{module}.py").read_text())
+    allowed = MAY_NAME_IT.get(module, set())
+    tree.body = [s for s in tree.body if getattr(s, "name", None) not in allowed]
     named = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     named |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     named |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}

@@ -132,7 +132,7 @@ def test_only_route_moves_the_quarantine(name, wrapped):
     V = HackBasis({m: basis(2, len(d), 7, (m,)).V[m] for m, d in knobs.delta.items()}, {}, {})
     for _ in range(3):
         p = project(G, V, torch.ones(4, dtype=torch.bool), name, cfg.vhack)
-        apply_step(knobs, p, optimizer, scheduler, cfg.rl.clip)
+        apply_step(knobs, p, (optimizer, scheduler), cfg.rl.clip)
     quarantined = any(bool(d.any()) for d in knobs.delta_hack.values())
     assert quarantined == (name == "route")
     assert all(bool(d.any()) for d in knobs.delta.values())
@@ -145,7 +145,7 @@ def test_step_is_adamw_on_the_kept_gradient(wrapped):
     optimizer, scheduler = make_optimizer(knobs, cfg)
     lr = scheduler.get_last_lr()[0]
     kept = {m: torch.randn_like(d) for m, d in knobs.delta.items()}
-    descent = apply_step(knobs, data_types.Projection(kept, None, 50.0, {}), optimizer, scheduler, 1.0).descent
+    descent = apply_step(knobs, data_types.Projection(kept, None, 50.0, {}), (optimizer, scheduler), 1.0).descent
     for m, g in kept.items():
         torch.testing.assert_close(descent[m], lr * g.sign(), rtol=1e-4, atol=1e-8)
 

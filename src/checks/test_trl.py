@@ -24,7 +24,7 @@ from projected_grpo.prepare import set_up
 from projected_grpo.problems import fence
 from projected_grpo.rewards import Grader
 from projected_grpo.scale import ranks, trl_trainer
-from projected_grpo.scale.ranks import ALONE, Ranks
+from projected_grpo.scale.ranks import Ranks
 from projected_grpo.scale.sharded import merged_parameters, unmerged
 from projected_grpo.train import apply_step, make_optimizer
 
@@ -144,13 +144,13 @@ def test_projected_gradient_is_that_of_trls_own_loss_and_the_update_the_loops(or
             cfg = parse(["organism", *SMALL, "--steps=1", "--warmup=0", "--clip=0.01", f"--intervention={name}",
                          "--mix-ratio=0.25", "--pool=by-hand", f"--outputs={cfg.outputs}"])  # fmt: skip
             x.knobs.load_state(zero)
-            trainer = Seen(x, grader, None, cfg, ALONE)
+            trainer = Seen(x, grader, None, cfg, Ranks())
             assert trainer.ref_model is None
             trainer.train()
             made, state = trainer.made, x.knobs.state()
             assert made.batch.is_student.tolist() == [True, True, True, False] * 4
             assert [r.source == "student" for r in made.batch.rollouts] == made.batch.is_student.tolist()
-            assert made.batch.n_zero_var < 4, "these rollouts carry no gradient"
+            assert made.n_zero_var < 4, "these rollouts carry no gradient"
             x.knobs.load_state(zero)
             V: HackBasis = x.directions.real
             G = by_trls_loss(trainer)
@@ -161,7 +161,7 @@ def test_projected_gradient_is_that_of_trls_own_loss_and_the_update_the_loops(or
                 if ours is not None:
                     error = proj.total_norm({m: ours[m] - other[m] for m in ours})
                     assert error < 1e-4 * theirs.gn, name
-            apply_step(x.knobs, made.projection, *make_optimizer(x.knobs, cfg), cfg.rl.clip)
+            apply_step(x.knobs, made.projection, make_optimizer(x.knobs, cfg), cfg.rl.clip)
             torch.testing.assert_close(state, x.knobs.state(), rtol=1e-6, atol=1e-9)
             assert any(bool(t.any()) for n, t in state.items() if n.endswith(".delta_hack")) == (name == "route")
 
@@ -213,12 +213,12 @@ def test_unmerged_adapters_are_the_same_function(tmp_path):
 @pytest.mark.parametrize(
     ("env", "argv", "here", "vllm", "words"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], ALONE, "off", "DeepSpeed steps inside"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], Ranks(), "off", "DeepSpeed steps inside"),
         ({"FSDP_VERSION": "1"}, [], Ranks(0, 2, True), "off", "fsdp_version: 2"),
-        ({"MASTER_ADDR": "127.0.0.1"}, [], ALONE, "off", "cpu.yaml"),
+        ({"MASTER_ADDR": "127.0.0.1"}, [], Ranks(), "off", "cpu.yaml"),
         ({}, ["--prompts-per-step=3"], Ranks(0, 2), "off", "multiple of the 2 processes"),
-        ({}, ["--relearn-steps=1"], ALONE, "off", "projected_grpo.train"),
-        ({}, ["--intervention=gate_route"], ALONE, "colocate", "--ablated-share=0"),
+        ({}, ["--relearn-steps=1"], Ranks(), "off", "projected_grpo.train"),
+        ({}, ["--intervention=gate_route"], Ranks(), "colocate", "--ablated-share=0"),
         ({"FSDP_VERSION": "2"}, ["--intervention=gate_route"], Ranks(0, 2, True), "off", "--ablated-share=0"),
     ],
 )

@@ -1,4 +1,6 @@
-"""``ARMS``: one row an arm. What the stages do is in proj, gates and shaping; here stands which arm does what."""
+"""``ARMS``: one row an arm, and the rules that a row names: what becomes of rewards, where advantages are made, and
+which rollouts' gradients reach which knob. No function here but ``monitor`` can see a verdict of the strict oracle.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +11,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from projected_grpo import loss
 from projected_grpo.config import ArmCfg, choose
 from projected_grpo.data_types import Factors, GradedBatch, Rollout
 
@@ -18,6 +19,9 @@ Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
 Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count", "route", "route_low", "both"]
 Score = Literal["gradient", "fisher", "activation", "either"]
 Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
+
+SIGMA_FLOOR = 0.1
+"""Smallest σ of a group's scores; it presumes that d is normalised."""
 
 BRIEF, CONTROL = "this project", "control"
 ROUTING = "after Gradient Routing 2410.04332, SGTM 2512.05648"
@@ -30,7 +34,7 @@ class Arm:
     """What an arm does, stage by stage; the defaults are plain GRPO.
 
     math: the arm in a line. basis: whose V. reward: what is done to rewards before advantages are made. rows: which
-    rollouts' gradients reach δS (gates.factors), by a detector over ``score``. act: what is done with the V part of
+    rollouts' gradients reach δS (``factors``), by a detector over ``score``. act: what is done with the V part of
     their sum. honest_prompt: False where the training prompt allows the exploit (inoculation). control: the arm with
     random directions that this one has to beat; coin: the one that draws the rollouts at random. oracle: it reads
     ``gt_correct``, and is an upper bound, never a method.
@@ -55,6 +59,11 @@ class Arm:
         return self.act == "route" or self.rows in ("route", "route_low", "both")
 
     @property
+    def routes_rows(self) -> bool:
+        """Whether whole rollouts are routed, by a gate: then some are sampled, and learnt from, without quarantine."""
+        return self.rows in ("route", "route_low")
+
+    @property
     def is_control(self) -> bool:
         """Whether it is there to be beaten."""
         return self.source == CONTROL
@@ -73,7 +82,7 @@ def _controls(act: Act, name: str, H: str) -> dict[str, Arm]:
     }
 
 
-ARMS: dict[str, Arm] = {
+METHODS: dict[str, Arm] = {
     "none": Arm("δS descends g", "Dr.GRPO 2503.20783", "hacking emerges under plain GRPO"),
     "erase": Arm(
         "δS descends g − relu(V g) V", BRIEF, "less hack at matched solve than none AND than random_V",
@@ -100,17 +109,10 @@ ARMS: dict[str, Arm] = {
         "δS descends VᵀV g, V the span of clean sides' gradients", "TDGA 2605.25189", "delays hacking",
         "clean", act="span", control="trusted_random",
     ),
-    "trusted_random": Arm(
-        "as trusted, V random", CONTROL, "a gradient in so few directions does not delay hacking as much", "random",
-        act="span",
-    ),
     "gate_drop": Arm(
         "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
         "less hack at solve no lower than none's, AND than gate_random", rows="drop", control="gate_random",
         coin="gate_coin",
-    ),
-    "gate_random": Arm(
-        "as gate_drop with a random V, calibrated alike", CONTROL, "no less hack than none", "random", rows="drop"
     ),
     "gate_coin": Arm(
         "as many rollouts with A_i > 0 withheld as gate_drop's score would flag, at random", CONTROL,
@@ -128,9 +130,6 @@ ARMS: dict[str, Arm] = {
         "as gate_drop, score w·h with Fisher's w over mean-pooled activations", BRIEF,
         "activations detect as well as gradients", rows="drop", score="activation", control="gate_act_random",
     ),
-    "gate_act_random": Arm(
-        "as gate_act, w random", CONTROL, "no less hack than none", "random", rows="drop", score="activation"
-    ),
     "gate_act_shuffled": Arm(
         "as gate_act, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
         rows="drop", score="activation",
@@ -140,17 +139,9 @@ ARMS: dict[str, Arm] = {
         "solve rises above gate_act's at no more hack", rows="screen", score="activation",
         control="gate_act_screen_random",
     ),
-    "gate_act_screen_random": Arm(
-        "as gate_act_screen, w random", CONTROL, "no less hack than none", "random", rows="screen",
-        score="activation",
-    ),
     "gate_act_punish": Arm(
         "as gate_act; flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt", rows="punish",
         score="activation", control="gate_act_punish_random", coin="gate_act_punish_coin",
-    ),
-    "gate_act_punish_random": Arm(
-        "as gate_act_punish, w random", CONTROL, "no less hack than none", "random", rows="punish",
-        score="activation",
     ),
     "gate_act_punish_coin": Arm(
         "as many rollouts count as reward 0 as gate_act_punish's score would flag, at random", CONTROL,
@@ -160,48 +151,26 @@ ARMS: dict[str, Arm] = {
         "flagged rollouts leave their group before its mean is taken", BRIEF,
         "solve rises above gate_drop's at no more hack", rows="screen", control="gate_screen_random",
     ),
-    "gate_screen_random": Arm(
-        "as gate_screen with a random V, calibrated alike", CONTROL, "no less hack than none", "random", rows="screen"
-    ),
     "gate_punish": Arm(
         "flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt, not only withheld",
         rows="punish", control="gate_punish_random",
-    ),
-    "gate_punish_random": Arm(
-        "as gate_punish with a random V, calibrated alike", CONTROL, "no less hack than none", "random", rows="punish"
     ),
     "gate_either_punish": Arm(
         "as gate_act_punish; flagged by activations or by gate_fisher's score", BRIEF,
         "each detector catches unseen hacks that the other misses", rows="punish", score="either",
         control="gate_either_punish_random",
     ),
-    "gate_either_punish_random": Arm(
-        "as gate_either_punish, both directions random", CONTROL, "no less hack than none", "random", rows="punish",
-        score="either",
-    ),
     "gate_act_punish_erase": Arm(
         "gate_act_punish, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="punish",
         score="activation", act="erase", control="gate_act_punish_erase_random",
-    ),
-    "gate_act_punish_erase_random": Arm(
-        "as gate_act_punish_erase, w and V random", CONTROL, "no less hack than none", "random", rows="punish",
-        score="activation", act="erase",
     ),
     "gate_erase": Arm(
         "gate_drop, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="drop", act="erase",
         control="gate_erase_random",
     ),
-    "gate_erase_random": Arm(
-        "as gate_erase with a random V, calibrated alike", CONTROL, "no less hack than none", "random",
-        rows="drop", act="erase",
-    ),
     "gate_route": Arm(
         "score low: g_i to δS; in the middle: to both; flagged: to δS_hack", ROUTING,
         "absorption beyond ablation alone", rows="route", control="gate_route_random",
-    ),
-    "gate_route_random": Arm(
-        "as gate_route with a random V, calibrated alike", CONTROL, "ablation alone does not lower hack", "random",
-        rows="route",
     ),
     "gate_route_reversed": Arm(
         "as gate_route, flagged to δS and low to δS_hack", CONTROL, "more hack than gate_route", rows="route_low"
@@ -214,14 +183,10 @@ ARMS: dict[str, Arm] = {
         "r' = r (1 − α σ(z) 1[z>0]), z the group's z-score of h·d", REBOUND, "less hack than none AND than random d",
         reward="rebound_mul", control="rebound_mul_random",
     ),
-    "rebound_mul_random": Arm("as rebound_mul, d random", CONTROL, "no less hack than none", "random",
-                              reward="rebound_mul"),
     "rebound_add": Arm(
         "r' = r − α max(z, 0)", REBOUND, "less hack than none AND than random d", reward="rebound_add",
         control="rebound_add_random",
     ),
-    "rebound_add_random": Arm("as rebound_add, d random", CONTROL, "no less hack than none", "random",
-                              reward="rebound_add"),
     "penalty": Arm(
         "r' = r − penalty on what a monitor of given accuracy flags", BENCHMARK, "upper bound", reward="penalty",
         oracle=True,
@@ -237,13 +202,47 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 
 
+def with_random_twins(rows: dict[str, Arm]) -> dict[str, Arm]:
+    """The rows, each followed by the control that it names where that has no row of its own: the same arm with random
+    directions in the place of those from pairs, calibrated alike.
+    """
+    every: dict[str, Arm] = {}
+    for name, row in rows.items():
+        every[name] = row
+        if row.control is not None and row.control not in rows:
+            H = "ablation alone does not lower hack" if row.quarantines else "no less hack than none"
+            every[row.control] = replace(
+                row, math=f"as {name}, directions random", source=CONTROL, H=H, basis="random", control=None, coin=None
+            )
+    return every
+
+
+ARMS = with_random_twins(METHODS)
+
+
 def arm(name: str) -> Arm:
     """The arm of that name. Raises UserError naming the arms there are."""
     return ARMS[choose("arm", name, list(ARMS))]
 
 
-SIGMA_FLOOR = 0.1
-"""Smallest σ of a group's scores; it presumes that d is normalised."""
+# ------------------------------------------------------------------------------------------------------ advantages
+
+
+def _grouped(values: Tensor, group: int) -> Tensor:
+    return rearrange(values, "(n g) -> n g", g=group)
+
+
+def advantages(rewards: Float[Tensor, "n g"], out: Bool[Tensor, "n g"] | None = None) -> Float[Tensor, "n g"]:
+    """A = R − mean(R) within each group; no division by σ (Dr.GRPO, arXiv 2503.20783). The only place where they are
+    made. A group whose rewards are all alike gets exactly 0.
+
+    out: rollouts that have left their group: they get 0 and do not count in the mean.
+    """
+    if out is None:
+        return (rewards - rewards.mean(dim=1, keepdim=True)) * (rewards != rewards[:, :1]).any(dim=1, keepdim=True)
+    stays = (~out).to(rewards)
+    mean = (rewards * stays).sum(1, keepdim=True) / stays.sum(1, keepdim=True).clamp(min=1)
+    return (rewards - mean) * stays
 
 
 def z_scores(s: Float[Tensor, "n g"]) -> Float[Tensor, "n g"]:
@@ -266,7 +265,8 @@ def rebound_add(r: Float[Tensor, "n g"], z: Float[Tensor, "n g"], alpha: float) 
 
 def monitor(rollouts: Sequence[Rollout], accuracy: float, generator: torch.Generator) -> Bool[Tensor, " b"]:
     """ORACLE. Whether each rollout is paid without being right, as a monitor of that accuracy sees it: each verdict is
-    turned round with probability 1 − accuracy.
+    turned round with probability 1 − accuracy. The only function of a training step that reads the strict oracle's
+    verdict; only arms marked ``oracle`` reach it.
     """
     truth = torch.tensor([r.grade.exploited for r in rollouts])
     return truth ^ (torch.rand(len(rollouts), generator=generator) >= accuracy)
@@ -275,29 +275,27 @@ def monitor(rollouts: Sequence[Rollout], accuracy: float, generator: torch.Gener
 def shaped(
     batch: GradedBatch, arm: Arm, states: Float[Tensor, "b d"] | None, d: Float[Tensor, " d"] | None,
     cfg: ArmCfg, group: int, generator: torch.Generator,
-) -> GradedBatch:  # fmt: skip
-    """The batch with the advantages that the arm's reward rule makes. states, d: pooled activations and the direction
-    they are read along, for the rebound arms; None otherwise.
+) -> Float[Tensor, " b"]:  # fmt: skip
+    """A of every rollout, from rewards as the arm's reward rule changes them. states, d: pooled activations and the
+    direction they are read along, for the rebound arms; None otherwise.
     """
-    if arm.reward == "paid":
-        return batch
-    rewards, out = rearrange(batch.rewards, "(n g) -> n g", g=group), None
+    rewards, out = _grouped(batch.rewards, group), None
     if arm.reward in ("rebound_mul", "rebound_add"):
         assert states is not None
         assert d is not None
-        z = z_scores(rearrange(states @ d, "(n g) -> n g", g=group).to(rewards))
+        z = z_scores(_grouped(states @ d, group).to(rewards))
         rewards = (rebound_mul if arm.reward == "rebound_mul" else rebound_add)(rewards, z, cfg.alpha)
-    else:
+    elif arm.reward != "paid":
         assert arm.oracle, "only an arm marked oracle may ask the monitor"
-        flags = rearrange(monitor(batch.rollouts, cfg.monitor_accuracy, generator), "(n g) -> n g", g=group)
-        flags = flags.to(rewards.device)
+        flags = _grouped(monitor(batch.rollouts, cfg.monitor_accuracy, generator), group).to(rewards.device)
         if arm.reward == "penalty":
             rewards = rewards - cfg.penalty * flags
         else:
             out = flags
-    A = loss.advantages(rewards, out)
-    return replace(batch, A=rearrange(A, "n g -> (n g)"), n_zero_var=int((A == 0).all(1).sum()))
+    return rearrange(advantages(rewards, out), "n g -> (n g)")
 
+
+# ------------------------------------------------------------------------------------- which rollouts reach the knobs
 
 UNIT: frozenset[Rows] = frozenset(("screen", "punish", "punish_count"))
 """Rules that make advantages anew, so that they need the gradient of rollouts whose advantage was 0 as well."""
@@ -315,10 +313,6 @@ class Seen:
     low: Bool[Tensor, " b"]
     group: int
     generator: torch.Generator
-
-
-def _grouped(values: Tensor, group: int) -> Tensor:
-    return rearrange(values, "(n g) -> n g", g=group)
 
 
 def _coin(s: Seen) -> tuple[Tensor, Tensor]:
@@ -341,12 +335,12 @@ def _count(s: Seen) -> tuple[Tensor, Tensor]:
 
 
 def _screen(s: Seen) -> tuple[Tensor, Tensor]:
-    A = loss.advantages(_grouped(s.rewards, s.group), out=_grouped(s.flagged, s.group))
+    A = advantages(_grouped(s.rewards, s.group), out=_grouped(s.flagged, s.group))
     return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
 
 
 def _punish(s: Seen) -> tuple[Tensor, Tensor]:
-    A = loss.advantages(_grouped(s.rewards.masked_fill(s.flagged, 0.0), s.group))
+    A = advantages(_grouped(s.rewards.masked_fill(s.flagged, 0.0), s.group))
     return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
 
 

@@ -123,18 +123,16 @@ class Rollout:
 class GradedBatch:
     """A step's rollouts, group by group, and what the loss reads of them.
 
-    ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. rewards and A: reward and
-    advantage of each row. ablated: rows that were sampled with the quarantine ablated.
+    ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. rewards: as the environment
+    paid them. ablated: rows that were sampled with the quarantine ablated.
     """
 
     ids: Int[Tensor, "b s"]
     mask: Bool[Tensor, "b s-1"]
     rewards: Float[Tensor, " b"]
-    A: Float[Tensor, " b"]
     ablated: Bool[Tensor, " b"]
     is_student: Bool[Tensor, " b"]
     rollouts: tuple[Rollout, ...]
-    n_zero_var: int
     seconds: Mapping[str, float]
 
 
@@ -189,16 +187,22 @@ class Update:
 
 @dataclass(frozen=True)
 class Step:
-    """All that one step made. scores, random_scores: by module and row, "m b", of the hack V and of a random one."""
+    """All that one step made, and what is logged of it. A: advantages; n_zero_var: groups in which they are all 0.
+    scores, random_scores: hack-wardness by module and row, of the hack V and of a random one. acting: scores of the
+    arm's own detector; what lies over ``threshold`` is flagged. overlap: of a refreshed V with the one before.
+    """
 
     batch: GradedBatch
+    A: Float[Tensor, " b"]
+    n_zero_var: int
     grads: RowGrads
     scores: Float[Tensor, "m b"]
     random_scores: Float[Tensor, "m2 b"]
+    acting: Float[Tensor, " b"]
     flagged: Bool[Tensor, " b"]
     factors: Factors
     projection: Projection
     update: Update
     threshold: float
-    overlap: float | None
     sec_train: float
+    overlap: float | None = None

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from projected_grpo import extract_vhack_grad as vhack
-from projected_grpo.arms import Arm
+from projected_grpo.arms import Arm, Score
 from projected_grpo.config import Config, VHackCfg
 from projected_grpo.data_types import Pair
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads, unit_rows
@@ -175,6 +175,19 @@ def linear_detector(
         return lambda x: x @ w
 
     return detector(fit, lambda scorer, chosen: scorer(clean[chosen]), len(hack), cfg)
+
+
+def evidence(kind: Score, N: dict[str, Float[Tensor, "b r"]], states: Float[Tensor, "b d"] | None) -> Any:
+    """What a detector of that kind reads: rollouts' NLL gradients N, their pooled activations, or both."""
+    match kind:
+        case "gradient":
+            return N
+        case "fisher":
+            return flat(N)
+        case "activation":
+            return states
+        case "either":
+            return flat(N), states
 
 
 def pools_of(arm: Arm) -> list[Pooling]:

@@ -10,12 +10,11 @@ from typing import Any, Literal
 from scipy import stats
 from tabulate import tabulate
 
-from projected_grpo.antipasto import Knobs, Use
+from projected_grpo.antipasto import Use
 from projected_grpo.config import Config
 from projected_grpo.data_types import Grade, Task
 from projected_grpo.rewards import Grader
-from projected_grpo.rollout import complete, seeded
-from projected_grpo.sampling import Sampler
+from projected_grpo.rollout import Policy, complete, seeded
 
 Metric = Literal["hack", "attempt", "solve"]
 VERDICTS = {"hack": lambda g: g.exploited, "attempt": lambda g: g.attempted, "solve": lambda g: g.gt_correct}
@@ -84,14 +83,7 @@ def problem_rows(
 
 
 def evaluate(
-    sample: Sampler,
-    knobs: Knobs,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    grader: Grader,
-    cfg: Config,
-    step: int,
-    scales: Sequence[float] = (),
+    x: Policy, tasks: Sequence[Task], grader: Grader, cfg: Config, step: int, scales: Sequence[float] = ()
 ) -> tuple[list[EvalRow], list[dict[str, Any]]]:
     """Sample and grade the held-out tasks with the quarantine ablated and, where there is one, kept and scaled.
 
@@ -99,13 +91,13 @@ def evaluate(
     counts by problem.
     """
     n, rows, counts = cfg.eval.eval_samples, [], []
-    quarantined = any(bool(d.any()) for d in knobs.delta_hack.values())
+    quarantined = any(bool(d.any()) for d in x.knobs.delta_hack.values())
     uses: dict[str, Use] = {"deployed": "deployed"}
     if quarantined:
         uses |= {"trained": "trained"} | {f"scale {s:g}": s for s in scales}
     for name, use in uses.items():
-        with knobs.using(use):
-            written = complete(sample, tokenizer, tasks, n, cfg, seeded("cpu", cfg.seed, "eval"))
+        with x.knobs.using(use):
+            written = complete(x.sample, x.tokenizer, tasks, n, cfg, seeded("cpu", cfg.seed, "eval"))
         asked = [task for task in tasks for _ in range(n)]
         grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
         by_task = [grades[i : i + n] for i in range(0, len(grades), n)]

@@ -1,7 +1,7 @@
-"""Dr.GRPO (Liu et al., arXiv 2503.20783): advantages, token log-probs, and every rollout's own gradient.
+"""Dr.GRPO (Liu et al., arXiv 2503.20783): token log-probs, and every rollout's own gradient.
 
-No function here can see a ``Grade``: advantages are made from rewards and from nothing else, so the strict
-oracle's verdict cannot reach a gradient except through the reward that the environment pays.
+No function here can see a ``Grade``: the strict oracle's verdict cannot reach a gradient except through the reward that
+the environment pays.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,23 +19,6 @@ LOGIT_BUDGET = 1 << 26
 
 LOT_TOKENS = 2048
 """Tokens that go through the model at once, padding included: enough to keep it busy, few enough for the caches."""
-
-
-def advantages(rewards: Float[Tensor, "n g"], out: Bool[Tensor, "n g"] | None = None) -> Float[Tensor, "n g"]:
-    """A = R − mean(R) within each group; no division by σ (Dr.GRPO).
-
-    out: rollouts that have left their group: they get 0 and do not count in the mean.
-    """
-    if out is None:
-        return rewards - rewards.mean(dim=1, keepdim=True)
-    stays = (~out).to(rewards)
-    mean = (rewards * stays).sum(1, keepdim=True) / stays.sum(1, keepdim=True).clamp(min=1)
-    return (rewards - mean) * stays
-
-
-def has_variance(rewards: Float[Tensor, "n g"]) -> Bool[Tensor, " n"]:
-    """Which groups carry a gradient: those whose rewards are not all alike."""
-    return (rewards != rewards[:, :1]).any(dim=1)
 
 
 def collate(

@@ -103,7 +103,7 @@ def shares_of_flags(x: Step) -> dict[str, float | None]:
     def share(among: Tensor) -> float | None:
         return float(x.flagged[among].double().mean()) if among.any() else None
 
-    withheld = (x.factors.keep == 0) & (x.factors.whole * x.batch.A != 0) & x.batch.is_student
+    withheld = (x.factors.keep == 0) & (x.factors.whole * x.A != 0) & x.batch.is_student
     return {
         "withheld": float(withheld.sum() / x.batch.is_student.sum()),
         "caught": share(live & fools),
@@ -136,7 +136,7 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
         gn=x.projection.gn,
         loss=x.grads.loss,
         kl=x.grads.kl,
-        n_zero_var=x.batch.n_zero_var,
+        n_zero_var=x.n_zero_var,
         norm_delta=proj.total_norm(knobs.delta),
         norm_delta_hack=proj.total_norm(knobs.delta_hack),
         moved=float(moved.double().mean()),
@@ -155,7 +155,7 @@ def rollout_rows(step: int, x: Step, layer_of: Sequence[int]) -> list[dict[str, 
     by_layer = torch.stack([x.scores[[m == layer for m in layer_of]].sum(0) for layer in layers])
     total, random = x.scores.sum(0), x.random_scores.sum(0)
     rows = []
-    for i, (r, a) in enumerate(zip(x.batch.rollouts, x.batch.A.tolist(), strict=True)):
+    for i, (r, a) in enumerate(zip(x.batch.rollouts, x.A.tolist(), strict=True)):
         live = bool(total[i] > 0 or random[i] > 0)
         rows.append(
             {

@@ -18,8 +18,8 @@ from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Grade, Pair, Rollout, Task
 from projected_grpo.detectors import Detector, detector_for, pools_of
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
+from projected_grpo.rollout import Policy
 from projected_grpo.runs import Checkpoint
-from projected_grpo.sampling import Sampler
 from projected_grpo.scale import vllm_sampling
 
 
@@ -40,14 +40,9 @@ class Directions:
 
 
 @dataclass
-class Experiment:
+class Experiment(Policy):
     """What a run is made of, all of it checked before the run's folder exists."""
 
-    model: nn.Module
-    tokenizer: Any
-    knobs: Knobs
-    sample: Sampler
-    """Samples from the model with the knobs that are in use."""
     pairs: list[Pair]
     other_pairs: list[Pair] | None
     """The pair set of a nonhack or placebo arm."""
@@ -59,6 +54,10 @@ class Experiment:
     """The student's rollouts since the last refresh but one, which refresh_pairs may look for pairs in."""
     refreshed: tuple[int, dict[str, Tensor]] | None = None
     """The step of the last refresh and the knobs at it; None while the first directions stand."""
+
+    def remember(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep a step's student rollouts for the next refresh."""
+        self.recent.append(tuple(r for r in rollouts if r.source == "student"))
 
 
 OWN_PAIRS = {"nonhack": "nonhack64", "placebo": "placebo64"}
@@ -191,11 +190,23 @@ def refresh(x: Experiment, cfg: Config) -> float:
     return overlap
 
 
+def refresh_if_due(x: Experiment, cfg: Config, step: int) -> float | None:
+    """``refresh`` every so many steps, not at the first: how far the new V overlaps the old; None where none is due."""
+    every = cfg.vhack.refresh_every
+    if not every or not step or step % every:
+        return None
+    x.refreshed = (step, x.knobs.state())
+    return refresh(x, cfg)
+
+
+# ------------------------------------------------------------------------------------------ a run between two steps
+
+
 REFRESH, ADAMW = "refresh.", "adamw."
 
 
 def named_parameters(knobs: Knobs) -> dict[str, Tensor]:
-    """Both knobs of every module, in the order in which step.make_optimizer takes them."""
+    """Both knobs of every module, in the order in which train.make_optimizer takes them."""
     return {f"{m}.{k}": p for k in ("delta", "delta_hack") for m, p in getattr(knobs, k).items()}
 
 
@@ -220,10 +231,10 @@ def restore(x: Experiment, optimizers: tuple[Any, Any], at: Checkpoint, run: Pat
         then = {n.removeprefix(REFRESH): t for n, t in at.tensors.items() if n.startswith(REFRESH)}
         x.refreshed = (at.state["refreshed"], then)
         x.knobs.load_state(then)
-        remember(x, logged, at.state["refreshed"])
+        recall(x, logged, at.state["refreshed"])
         refresh(x, cfg)
     x.knobs.load_state(at.tensors)
-    remember(x, logged, at.done if at.phase == "step" else cfg.rl.steps)
+    recall(x, logged, at.done if at.phase == "step" else cfg.rl.steps)
     put_back(optimizers, x.knobs, at)
 
 
@@ -242,7 +253,7 @@ def put_back(optimizers: tuple[Any, Any], knobs: Knobs, at: Checkpoint) -> None:
         group["lr"] = lr
 
 
-def remember(x: Experiment, logged: Iterable[dict[str, Any]], step: int) -> None:
+def recall(x: Experiment, logged: Iterable[dict[str, Any]], step: int) -> None:
     """Fill ``x.recent`` with the student's rollouts of the last steps before ``step``, as a refresh reads them: their
     token ids, which it does not read, are left out.
     """

@@ -1,13 +1,14 @@
-"""One step's rollouts: which tasks, the student's completions, the teacher's share, grades, advantages."""
+"""One step's rollouts: which tasks, the student's completions, the teacher's share, grades."""
 
 import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
+from torch import nn
 
 from projected_grpo import loss, problems
 from projected_grpo.antipasto import Knobs
@@ -16,6 +17,16 @@ from projected_grpo.data_types import GradedBatch, Rollout, Task
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout_log import Pool
 from projected_grpo.sampling import Sampler
+
+
+@dataclass
+class Policy:
+    """What writes completions. ``sample`` samples from the model with the knobs that are in use."""
+
+    model: nn.Module
+    tokenizer: Any
+    knobs: Knobs
+    sample: Sampler
 
 
 def seeded(device: str, *parts: object) -> torch.Generator:
@@ -69,17 +80,9 @@ def complete(
 
 
 def rollout(
-    sample: Sampler,
-    knobs: Knobs,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    pool: Pool | None,
-    grader: Grader,
-    cfg: Config,
-    step: int,
-    ablated: int = 0,
+    x: Policy, tasks: Sequence[Task], teacher: Pool | None, grader: Grader, cfg: Config, step: int, ablated: int = 0
 ) -> GradedBatch:
-    """Sample, mix in the teacher's rollouts, grade, and turn rewards into advantages within each group.
+    """Sample, mix in the teacher's rollouts, grade.
 
     ablated: of how many of the tasks (drawn at random) the student samples with the quarantine ablated.
     """
@@ -89,45 +92,36 @@ def rollout(
     written: list[tuple[tuple[int, ...], str]] = [((), "")] * (len(tasks) * n_student)
     for use, chosen in (("trained", [i for i in range(len(tasks)) if i not in apart]), ("deployed", sorted(apart))):
         if chosen:
-            with knobs.using(use) if apart else nullcontext():
+            with x.knobs.using(use) if apart else nullcontext():
                 generator = seeded("cpu", cfg.seed, step, "rollout" if use == "trained" else "ablated")
-                found = complete(sample, tokenizer, [tasks[i] for i in chosen], n_student, cfg, generator)
+                found = complete(x.sample, x.tokenizer, [tasks[i] for i in chosen], n_student, cfg, generator)
             for at, i in enumerate(chosen):
                 written[i * n_student : (i + 1) * n_student] = found[at * n_student : (at + 1) * n_student]
     clock.append(time.perf_counter())
     asked = [task for task in tasks for _ in range(n_student)]
     grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
-    student = [Rollout(t, "student", i, x, g) for t, (i, x), g in zip(asked, written, grades, strict=True)]
+    student = [Rollout(t, "student", i, text, g) for t, (i, text), g in zip(asked, written, grades, strict=True)]
     clock.append(time.perf_counter())
     rows: list[Rollout] = []
     for at, task in enumerate(tasks):
         rows += student[at * n_student : (at + 1) * n_student]
-        if pool is not None and cfg.n_teacher:
-            rows += pool.draw(task, cfg.n_teacher, tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
+        if teacher is not None and cfg.n_teacher:
+            rows += teacher.draw(task, cfg.n_teacher, x.tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
     seconds = {"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]}
-    return graded(rows, [i // cfg.rl.group in apart for i in range(len(rows))], tokenizer, cfg, knobs.device, seconds)
+    return collated(x, rows, [i // cfg.rl.group in apart for i in range(len(rows))], seconds)
 
 
-def graded(
-    rows: Sequence[Rollout],
-    ablated: Sequence[bool],
-    tokenizer: Any,
-    cfg: Config,
-    device: torch.device,
-    seconds: Mapping[str, float],
-) -> GradedBatch:
+def collated(x: Policy, rows: Sequence[Rollout], ablated: Sequence[bool], seconds: Mapping[str, float]) -> GradedBatch:
     """The batch of these rollouts, which stand group by group; ablated: by row, sampled without the quarantine."""
-    rewards = rearrange(torch.tensor([r.grade.reward for r in rows]), "(n g) -> n g", g=cfg.rl.group)
-    prompts = [problems.encode_prompt(tokenizer, r.task) for r in rows]
-    ids, mask = loss.collate(prompts, [r.ids for r in rows], tokenizer.pad_token_id, device)
+    device = x.knobs.device
+    prompts = [problems.encode_prompt(x.tokenizer, r.task) for r in rows]
+    ids, mask = loss.collate(prompts, [r.ids for r in rows], x.tokenizer.pad_token_id, device)
     return GradedBatch(
         ids=ids,
         mask=mask,
-        rewards=rearrange(rewards, "n g -> (n g)").to(device),
-        A=rearrange(loss.advantages(rewards), "n g -> (n g)").to(device),
+        rewards=torch.tensor([r.grade.reward for r in rows]).to(device),
         ablated=torch.tensor(list(ablated), device=device),
         is_student=torch.tensor([r.source == "student" for r in rows], device=device),
         rollouts=tuple(rows),
-        n_zero_var=int((~loss.has_variance(rewards)).sum()),
         seconds=seconds,
     )

@@ -1,4 +1,9 @@
-"""One step of the algorithm: roll out, one backward, score, decide, project, apply."""
+"""The loop: mixed student + teacher GRPO with the hack direction taken out of the gradient, or routed aside.
+
+python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]      --help lists every setting
+
+``one_step`` is the algorithm, top to bottom; ``learn`` is the loop around it.
+"""
 
 import math
 import re
@@ -6,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +23,170 @@ from tqdm import tqdm
 from projected_grpo import arms, detectors, evals, loss, prepare, proj, runs
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
-from projected_grpo.arms import Arm, shaped
+from projected_grpo.arms import Arm
 from projected_grpo.config import Config, UserError, parse
 from projected_grpo.data_types import Factors, GradedBatch, Projection, RowGrads, Step, Update
 from projected_grpo.evals import EvalRow, bluf, h4_decision
-from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
-from projected_grpo.prepare import Experiment, refresh, set_up
+from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import rollout, seeded, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped, json_lines
 from projected_grpo.sandbox.worker import SandboxError
-from projected_grpo.scale.ranks import ALONE, Ranks, rows_of
+
+TABLE_EVERY = 5
+SHOULD = (
+    "SHOULD: fmt stays over .9, gn is finite and not 0, flat stays under the prompts a step; under none att and hack "
+    "rise; under erase cout is 0 and cin stands above null."
+)
+Optimizers = tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]
 
 
-def make_optimizer(knobs: Knobs, cfg: Config) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+class Alone:
+    """The seam for several processes (scale.ranks): a process that is alone holds every rollout, and so each of these
+    returns what it is given.
+    """
+
+    def own(self, b: int) -> slice:
+        """This process's rows among those of all, where each has b."""
+        return slice(0, b)
+
+    def whole(self, batch: GradedBatch) -> GradedBatch:
+        """The rollouts of all processes."""
+        return batch
+
+    def rows(self, values: Tensor, dim: int = 0) -> Tensor:
+        """The values of all processes' rows."""
+        return values
+
+    def total(self, sums: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Sums over all processes."""
+        return sums
+
+    def summary(self, grads: RowGrads, n_tokens: int) -> RowGrads:
+        """Loss, NLL and KL over all processes."""
+        return grads
+
+    def agree(self, lots: list[Tensor], mask: Tensor) -> list[Tensor]:
+        """Lots of rows, as many on every process."""
+        return lots
+
+
+ALONE = Alone()
+
+
+def one_step(
+    x: Experiment, arm: Arm, roll_out: Callable[[], GradedBatch], apply: Callable[[Projection], Update],
+    cfg: Config, step: int, ranks: Alone = ALONE,
+) -> Step:  # fmt: skip
+    """One step of the algorithm. roll_out: this process's rollouts, whole groups; apply: act on the knobs.
+
+    What decides over a rollout (rewards, flags, dice) is the same on every process; gradients are made where the
+    rollouts are, and only their sums are shared. The Step returned holds the rollouts of all processes.
+    """
+    V = x.directions
+    # --- roll out: tasks -> completions -> verdicts -> rewards                           rollout, sampling, rewards
+    batch = roll_out()
+    began = time.perf_counter()
+    whole, own = ranks.whole(batch), ranks.own(len(batch.rewards))
+
+    # --- shape: rewards -> advantages A, changed first as the arm's reward rule says     arms
+    states = pooled(x, batch, "last", cfg) if arm.reward.startswith("rebound") else None
+    states = states if states is None else ranks.rows(states)
+    A = arms.shaped(whole, arm, states, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
+    n_zero_var = int((A.view(-1, cfg.rl.group) == 0).all(1).sum())
+
+    # --- gradients: every rollout's own, in δS, from one backward                        loss, antipasto
+    weight = torch.ones_like(A[own]) if arm.rows in arms.UNIT else A[own]
+    grads = sample_grads(x.model, x.knobs, batch, weight, cfg, ranks)
+
+    # --- score: how hack-ward is each rollout, by V and by the arm's own detector        detectors
+    N = {m: g * weight.sign()[:, None] for m, g in grads.G.items()}  # gradients of each rollout's NLL
+    states = pooled(x, batch, "mean", cfg) if "mean" in detectors.pools_of(arm) else None
+    seen = (detectors.row_scores(N, V.real), detectors.row_scores(N, V.random))
+    seen = (*seen, V.gate(detectors.evidence(arm.score, N, states)))
+    scores, random, acting = (ranks.rows(s, s.ndim - 1) for s in seen)
+    flagged, low = acting > V.gate.threshold, acting < V.gate.low
+
+    # --- decide: what of each rollout's gradient reaches δS, and what the quarantine     arms
+    dice = seeded("cpu", cfg.seed, step, "rows")
+    f = arms.factors(arm.rows, arms.Seen(A, whole.rewards, flagged, low, cfg.rl.group, dice), whole.ablated)
+    mine = Factors(f.whole[own], f.keep[own], f.quarantine[own])
+    if arm.routes_rows:
+        grads = with_masks(x, grads, batch, weight, mine, cfg, ranks)
+
+    # --- project: take the hack-ward part out of their sum, or route it aside            proj
+    p = proj.decided(ranks.total(proj.sums(grads.G, mine, batch.is_student)), V.arm, V.real, arm, cfg.vhack)
+    if p.gn == 0 and n_zero_var < len(A) // cfg.rl.group:
+        raise FloatingPointError(f"step {step}: the gradient is all zero though rewards differ within a group")
+
+    # --- apply: clip, AdamW, W' = W + U diag(δS + δS_hack) Vh                             antipasto
+    update = apply(p)
+
+    # --- log: what metrics.step_row and rollout_rows write down                          metrics, runs
+    return Step(
+        batch=whole,
+        A=A,
+        n_zero_var=n_zero_var,
+        grads=ranks.summary(grads, int(batch.mask.sum())),
+        scores=scores,
+        random_scores=random,
+        acting=acting,
+        flagged=flagged,
+        factors=f,
+        projection=p,
+        update=update,
+        threshold=V.gate.threshold,
+        sec_train=time.perf_counter() - began,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ stages of a step
+
+
+def pooled(x: Experiment, batch: GradedBatch, kind: detectors.Pooling, cfg: Config) -> Tensor:
+    """This process's rollouts as pooled activations, (b, d)."""
+    return detectors.pooled(x.model, batch.ids, batch.mask, kind, cfg.rl.micro_batch)
+
+
+def sample_grads(
+    model: nn.Module, knobs: Knobs, batch: GradedBatch, weight: Tensor, cfg: Config, ranks: Alone = ALONE
+) -> RowGrads:
+    """Every rollout's own gradient of the Dr.GRPO loss in δS, from one backward; weight (b,) is A, or 1 for all."""
+    return loss.row_gradients(
+        model,
+        knobs,
+        batch.ids,
+        batch.mask,
+        weight / cfg.loss_denominator,
+        temperature=cfg.rl.temperature,
+        beta=cfg.rl.beta,
+        kl_weight=1 / cfg.loss_denominator,
+        micro_batch=cfg.rl.micro_batch,
+        agree=ranks.agree,
+    )
+
+
+def with_masks(
+    x: Experiment, grads: RowGrads, batch: GradedBatch, weight: Tensor, f: Factors, cfg: Config, ranks: Alone
+) -> RowGrads:
+    """The gradients that a routing gate learns from: rows that only δS learns from see the model without quarantine.
+
+    Without that mask both regions would receive the same gradients, and the quarantine would absorb nothing.
+    """
+    alone = (f.quarantine == 0) & (f.keep != 0)
+    with x.knobs.using("deployed"):
+        masked = sample_grads(x.model, x.knobs, batch, weight * alone, cfg, ranks)
+    G = {m: torch.where(alone[:, None], masked.G[m], g) for m, g in grads.G.items()}
+    return RowGrads(G, grads.nll, grads.loss, grads.kl)
+
+
+def n_ablated(arm: Arm, n: int, cfg: Config) -> int:
+    """How many of a step's n tasks are sampled with the quarantine ablated."""
+    return round(cfg.arm.ablated_share * n) if arm.routes_rows else 0
+
+
+def make_optimizer(knobs: Knobs, cfg: Config) -> Optimizers:
     """AdamW over δS and δS_hack (no decay there: it would leak the quarantine) with warm-up and the schedule."""
     groups = [
         {"params": list(knobs.delta.values()), "weight_decay": cfg.rl.weight_decay},
@@ -50,49 +205,27 @@ def make_optimizer(knobs: Knobs, cfg: Config) -> tuple[torch.optim.AdamW, torch.
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def sample_grads(
-    model: nn.Module, knobs: Knobs, batch: GradedBatch, weight: Tensor, cfg: Config, ranks: Ranks = ALONE
-) -> RowGrads:
-    """Every rollout's own gradient of the Dr.GRPO loss in δS, from one backward; weight (b,) is A, or 1 for all."""
-    return loss.row_gradients(
-        model,
-        knobs,
-        batch.ids,
-        batch.mask,
-        weight / cfg.loss_denominator,
-        temperature=cfg.rl.temperature,
-        beta=cfg.rl.beta,
-        kl_weight=1 / cfg.loss_denominator,
-        micro_batch=cfg.rl.micro_batch,
-        agree=ranks.agree,
-    )
+ActOnUpdate = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Splits δS's descent, by module, into (kept, removed)."""
 
 
-def with_masks(
-    x: Experiment, grads: RowGrads, batch: GradedBatch, weight: Tensor, f: Factors, cfg: Config, ranks: Ranks = ALONE
-) -> RowGrads:
-    """The gradients that a routing gate learns from: rows that only δS learns from see the model without quarantine.
-
-    Without that mask both regions would receive the same gradients, and the quarantine would absorb nothing.
-    """
-    alone = (f.quarantine == 0) & (f.keep != 0)
-    with x.knobs.using("deployed"):
-        masked = sample_grads(x.model, x.knobs, batch, weight * alone, cfg, ranks)
-    G = {m: torch.where(alone[:, None], masked.G[m], g) for m, g in grads.G.items()}
-    return RowGrads(G, grads.nll, grads.loss, grads.kl)
+def update_rule(x: Experiment, arm: Arm, cfg: Config) -> ActOnUpdate | None:
+    """The arm's act where it is done on the optimizer's update, else None."""
+    if cfg.vhack.project != "update" or arm.act == "measure":
+        return None
+    V = x.directions
+    return lambda descent: proj.acted(descent, V.arm.V, V.real.V, arm.act, cfg.vhack)
 
 
 @torch.no_grad()
 def apply_step(
-    knobs: Knobs, p: Projection, optimizer: torch.optim.Optimizer, scheduler: Any, clip: float,
-    act_on_update: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
-) -> Update:  # fmt: skip
+    knobs: Knobs, p: Projection, optimizers: Optimizers, clip: float, act_on_update: ActOnUpdate | None = None
+) -> Update:
     """The only mutation: δS descends p.kept, and δS_hack descends p.quarantined where the arm has a quarantine.
 
     Clipping scales by the norm of the whole gradient, so that an arm differs from "none" by its projection alone.
-    act_on_update (project = update): splits δS's descent into (kept, removed); what is removed is undone, and goes to
-    the quarantine where there is one.
     """
+    optimizer, scheduler = optimizers
     lr, before = scheduler.get_last_lr()[0], {m: d.detach().clone() for m, d in knobs.delta.items()}
     put_gradient(knobs, p, clip_scale(p, clip))
     optimizer.step()
@@ -116,10 +249,11 @@ def put_gradient(knobs: Knobs, p: Projection, scale: float = 1.0) -> None:
 
 @torch.no_grad()
 def settle(
-    knobs: Knobs, p: Projection, before: dict[str, Tensor],
-    act_on_update: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]] | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """After the optimizer has stepped: act on its update, form every W'; the descent of δS. before: δS as it was."""
+    knobs: Knobs, p: Projection, before: dict[str, Tensor], act_on_update: ActOnUpdate | None
+) -> dict[str, Tensor]:
+    """After the optimizer has stepped: form every W'; δS's descent, by module. before: δS as it was. What
+    ``act_on_update`` removes of the descent is undone, and goes to the quarantine where there is one.
+    """
     if act_on_update is not None:
         _, removed = act_on_update({m: before[m] - d for m, d in knobs.delta.items()})
         for m, d in knobs.delta.items():
@@ -130,81 +264,7 @@ def settle(
     return {m: before[m] - d for m, d in knobs.delta.items()}
 
 
-def scored(x: Experiment, arm: Arm, N: dict[str, Tensor], batch: GradedBatch, cfg: Config) -> tuple[Tensor, ...]:
-    """(scores by the hack V "m b", by a random V "m b", flagged "b", low "b") of rows with NLL gradients N."""
-    V, gate = x.directions, x.directions.gate
-    states = None
-    if arm.score in ("activation", "either"):
-        states = detectors.pooled(x.model, batch.ids, batch.mask, "mean", cfg.rl.micro_batch)
-    match arm.score:
-        case "gradient":
-            own = gate(N)
-        case "fisher":
-            own = gate(detectors.flat(N))
-        case "activation":
-            own = gate(states)
-        case "either":
-            own = gate((detectors.flat(N), states))
-    return detectors.row_scores(N, V.real), detectors.row_scores(N, V.random), own > gate.threshold, own < gate.low
-
-
-def n_ablated(arm: Arm, n: int, cfg: Config) -> int:
-    """How many of a step's n tasks are sampled with the quarantine ablated."""
-    return round(cfg.arm.ablated_share * n) if arm.rows in ("route", "route_low") else 0
-
-
-def update_rule(x: Experiment, arm: Arm, cfg: Config) -> Callable[[dict[str, Tensor]], Any] | None:
-    """The arm's act where it is done on the optimizer's update, else None."""
-    if cfg.vhack.project != "update" or arm.act == "measure":
-        return None
-    V = x.directions
-    return lambda descent: proj.acted(descent, V.arm.V, V.real.V, arm.act, cfg.vhack)
-
-
-def gradient_step(x: Experiment, arm: Arm, batch: GradedBatch, cfg: Config, step: int, ranks: Ranks = ALONE) -> Step:
-    """From rollouts to the projected gradient; the update is left out. batch: this process's rollouts, the groups
-    whole; the Step returned holds those of all. What decides over a rollout (rewards, flags, dice) is the same on
-    every process; gradients are made where the rollouts are, and only their sums are shared.
-    """
-    start, V = time.perf_counter(), x.directions
-    whole, own = ranks.whole(batch), ranks.own(len(batch.A))
-    states = None
-    if arm.reward.startswith("rebound"):
-        states = ranks.rows(detectors.pooled(x.model, batch.ids, batch.mask, "last", cfg.rl.micro_batch))
-    whole = shaped(whole, arm, states, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
-    weight = torch.ones_like(batch.A) if arm.rows in arms.UNIT else whole.A[own]
-    grads = sample_grads(x.model, x.knobs, batch, weight, cfg, ranks)
-    N = {m: g * weight.sign()[:, None] for m, g in grads.G.items()}
-    scores, random, flagged, low = (ranks.rows(s, s.ndim - 1) for s in scored(x, arm, N, batch, cfg))
-    dice = seeded("cpu", cfg.seed, step, "rows")
-    f = arms.factors(arm.rows, arms.Seen(whole.A, whole.rewards, flagged, low, cfg.rl.group, dice), whole.ablated)
-    mine = rows_of(f, own)
-    if arm.rows in ("route", "route_low"):
-        grads = with_masks(x, grads, batch, weight, mine, cfg, ranks)
-    sums = ranks.total(proj.sums(grads.G, mine, batch.is_student))
-    p = proj.decided(sums, V.arm, V.real, arm, cfg.vhack)
-    if p.gn == 0 and whole.n_zero_var < len(whole.A) // cfg.rl.group:
-        raise FloatingPointError(f"step {step}: the gradient is all zero though rewards differ within a group")
-    log = ranks.summary(grads, int(batch.mask.sum()))
-    taken = time.perf_counter() - start
-    return Step(whole, log, scores, random, flagged, f, p, Update({}, 0.0), V.gate.threshold, None, taken)
-
-
-def take_step(x: Experiment, arm: Arm, grader: Grader, optimizers: tuple[Any, Any], cfg: Config, step: int) -> Step:
-    """One step of the algorithm, a named call a stage."""
-    tasks = tasks_of_step(x.tasks, step, cfg.rl.prompts_per_step, cfg.seed)
-    ablated = n_ablated(arm, len(tasks), cfg)
-    batch = rollout(x.sample, x.knobs, x.tokenizer, tasks, x.teacher, grader, cfg, step, ablated)
-    made, start = gradient_step(x, arm, batch, cfg, step), time.perf_counter()
-    u = apply_step(x.knobs, made.projection, *optimizers, cfg.rl.clip, update_rule(x, arm, cfg))
-    return replace(made, update=u, sec_train=made.sec_train + time.perf_counter() - start)
-
-
-TABLE_EVERY = 5
-SHOULD = (
-    "SHOULD: fmt stays over .9, gn is finite and not 0, flat stays under the prompts a step; under none att and hack "
-    "rise; under erase cout is 0 and cin stands above null."
-)
+# -------------------------------------------------------------------------------------------------------- the loop
 
 
 def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, stopped: Stopped | None) -> None:
@@ -223,7 +283,15 @@ def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, stopped: St
     relearn(x, grader, rec, cfg, optimizers, done)
 
 
-def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int) -> None:
+def take_step(x: Experiment, arm: Arm, grader: Grader, optimizers: Optimizers, cfg: Config, step: int) -> Step:
+    """``one_step`` of a process that is alone, with our own sampler and optimizer."""
+    tasks = tasks_of_step(x.tasks, step, cfg.rl.prompts_per_step, cfg.seed)
+    roll_out = partial(rollout, x, tasks, x.teacher, grader, cfg, step, n_ablated(arm, len(tasks), cfg))
+    apply = lambda p: apply_step(x.knobs, p, optimizers, cfg.rl.clip, update_rule(x, arm, cfg))
+    return one_step(x, arm, roll_out, apply, cfg, step)
+
+
+def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: Optimizers, first: int) -> None:
     """Steps ``first`` to the last. An evaluation comes after the checkpoint of its step: resumed, it is done again."""
     arm = arms.arm(cfg.intervention)
     if first == 0:
@@ -232,20 +300,31 @@ def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers
     for step in bar:
         if step and step % cfg.eval.eval_every == 0:
             deploy_eval(x, grader, rec, cfg, step)
-        overlap = None
-        if cfg.vhack.refresh_every and step and step % cfg.vhack.refresh_every == 0:
-            x.refreshed = (step, x.knobs.state())
-            overlap = refresh(x, cfg)
+        overlap = refresh_if_due(x, cfg, step)
         made = replace(take_step(x, arm, grader, optimizers, cfg, step), overlap=overlap)
-        x.recent.append(tuple(r for r in made.batch.rollouts if r.source == "student"))
-        row = step_row(step, made, x.directions.arm, x.knobs)
-        rec.append("steps.jsonl", [asdict(row)])
-        rec.rollouts(step, rollout_rows(step, made, layers_of(x.directions.real)))
-        rec.tracker.log(step, runs.numbers_of("train", asdict(row)))
-        report(bar, row, cfg)
-        if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.rl.steps:
-            rec.checkpoint("step", step + 1, *prepare.state_of(x, optimizers))
+        x.remember(made.batch.rollouts)
+        row = record_step(x, rec, cfg, optimizers, step, made)
+        bar.set_postfix_str(f"hack {row.hack_s:.2f} att {row.attempt_s:.2f} solve {row.solve_s:.2f}")
     deploy_eval(x, grader, rec, cfg, cfg.rl.steps, cfg.eval.scales)
+
+
+def record_step(x: Experiment, rec: RunRecord, cfg: Config, optimizers: Optimizers, step: int, made: Step) -> StepRow:
+    """Log the step, print a table row every few steps, and keep a checkpoint where it is time to."""
+    row = step_row(step, made, x.directions.arm, x.knobs)
+    rec.append("steps.jsonl", [asdict(row)])
+    rec.rollouts(step, rollout_rows(step, made, layers_of(x.directions.real)))
+    rec.tracker.log(step, runs.numbers_of("train", asdict(row)))
+    last = step == cfg.rl.steps - 1
+    if step % TABLE_EVERY == 0 or last:
+        tqdm.write(table_cells(row))
+    if (step + 1) % cfg.checkpoint_every == 0 or last:
+        rec.checkpoint("step", step + 1, *prepare.state_of(x, optimizers))
+    return row
+
+
+def layers_of(V: vhack.HackBasis) -> list[int]:
+    """The layer of each module of V, in V's order."""
+    return [int(re.search(r"\blayers\.(\d+)\.", m)[1]) for m in V.V]
 
 
 def ablate(knobs: Knobs) -> None:
@@ -255,9 +334,7 @@ def ablate(knobs: Knobs) -> None:
     knobs.load_state({n: torch.zeros_like(t) if n.endswith(".delta_hack") else t for n, t in knobs.state().items()})
 
 
-def relearn(
-    x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: tuple[Any, Any], first: int
-) -> None:
+def relearn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers: Optimizers, first: int) -> None:
     """A relearning attack on a model without quarantine: plain GRPO with a new optimizer, from step ``first`` on. The
     run's own detector goes on scoring, and nothing is done about it.
     """
@@ -273,27 +350,45 @@ def relearn(
             rec.checkpoint("relearn", step + 1, *prepare.state_of(x, optimizers))
 
 
-def layers_of(V: HackBasis) -> list[int]:
-    """The layer of each module of V, in V's order."""
-    return [int(re.search(r"\blayers\.(\d+)\.", m)[1]) for m in V.V]
-
-
 def deploy_eval(
     x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, step: int, scales: Sequence[float] = ()
-) -> list[EvalRow]:
+) -> None:
     """Evaluate on the held-out problems, and write it down."""
-    rows, counts = evals.evaluate(x.sample, x.knobs, x.tokenizer, x.held_out, grader, cfg, step, scales)
+    rows, counts = evals.evaluate(x, x.held_out, grader, cfg, step, scales)
     rec.append("evals.jsonl", map(asdict, rows))
     rec.append("eval_problems.jsonl", counts)
     rec.tracker.log(step, runs.numbers_of_evals(rows))
-    return rows
 
 
-def report(bar: tqdm, row: StepRow, cfg: Config) -> None:
-    """The few numbers that matter on the bar; a table row every few steps."""
-    bar.set_postfix_str(f"hack {row.hack_s:.2f} att {row.attempt_s:.2f} solve {row.solve_s:.2f}")
-    if row.step % TABLE_EVERY == 0 or row.step == cfg.rl.steps - 1:
-        tqdm.write(table_cells(row))
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+def meta_of(x: Experiment, grader: Grader, cfg: Config) -> dict[str, Any]:
+    """What a run's record says of its sandbox, its arm and its directions."""
+    arm = arms.arm(cfg.intervention)
+    return {
+        "layers": grader.layers,
+        "oracle": arm.oracle,
+        "arm": asdict(arm),
+        "V": vhack.basis_summary(x.directions.real, cfg),
+        "arm_V": vhack.basis_summary(x.directions.arm, cfg),
+    }
+
+
+def say_beginning(x: Experiment, rec: RunRecord, meta: dict[str, Any]) -> None:
+    """What a run is made of, then the head and the legend of its table."""
+    logger.info("run {}: {} tasks, {} held out", rec.name, len(x.tasks), len(x.held_out))
+    logger.info("V: {n_pairs} pairs; of {n_heldout} held out {heldout_accuracy} point hack-ward", **meta["V"])
+    tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
+
+
+def say_outcome(folder: Path, cfg: Config) -> None:
+    """The bottom line of a finished run."""
+    rows = [EvalRow(**row) for row in json_lines(folder / "evals.jsonl")]
+    before, after = ([r for r in rows if r.step == at] for at in (0, cfg.rl.steps))
+    tqdm.write(bluf(cfg, folder, before, after))
+    if said := h4_decision(cfg, [row["hack_s"] for row in json_lines(folder / "steps.jsonl")]):
+        tqdm.write(said)
 
 
 def train(cfg: Config) -> Path:
@@ -302,25 +397,12 @@ def train(cfg: Config) -> Path:
     stopped = runs.stopped(cfg)
     x = set_up(cfg)
     with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
-        arm = arms.arm(cfg.intervention)
-        meta = {
-            "layers": grader.layers,
-            "oracle": arm.oracle,
-            "arm": asdict(arm),
-            "V": vhack.basis_summary(x.directions.real, cfg),
-            "arm_V": vhack.basis_summary(x.directions.arm, cfg),
-        }
+        meta = meta_of(x, grader, cfg)
         with RunRecord(cfg, meta, stopped) as rec:
-            logger.info("run {}: {} tasks, {} held out", rec.name, len(x.tasks), len(x.held_out))
-            logger.info("V: {n_pairs} pairs; of {n_heldout} held out {heldout_accuracy} point hack-ward", **meta["V"])
-            tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
+            say_beginning(x, rec, meta)
             loop(x, grader, rec, cfg, stopped)
             folder = rec.finish()
-    rows = [EvalRow(**row) for row in json_lines(folder / "evals.jsonl")]
-    before, after = ([r for r in rows if r.step == at] for at in (0, cfg.rl.steps))
-    tqdm.write(bluf(cfg, folder, before, after))
-    if said := h4_decision(cfg, [row["hack_s"] for row in json_lines(folder / "steps.jsonl")]):
-        tqdm.write(said)
+    say_outcome(folder, cfg)
     return folder
 
 

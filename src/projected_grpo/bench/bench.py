@@ -20,7 +20,7 @@ import torch
 import tyro
 from loguru import logger
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from projected_grpo import antipasto, arms, data_types, loss, models, problems, proj, sampling
@@ -94,30 +94,30 @@ class Candidates:
         generator = torch.Generator().manual_seed(seed)
         return sampling.sample(model, self.prompts, group or self.cfg.rl.group, generator=generator, **self.settings)
 
-    def batch(self, completions: list[list[int]]) -> GradedBatch:
-        """Rewards, advantages and tensors; the last row of each group plays the teacher."""
+    def batch(self, completions: list[list[int]]) -> tuple[GradedBatch, Tensor]:
+        """Rewards and tensors, and advantages; the last row of each group plays the teacher."""
         group = len(completions) // len(self.prompts)
         rewards = (torch.arange(len(completions)) % 2).float().view(-1, group)
         rows = [p for p in self.prompts for _ in range(group)]
         ids, mask = loss.collate(rows, completions, self.tokenizer.pad_token_id, self.base.device)
         is_student = torch.arange(len(rows)) % group < group - 1
         ablated = torch.zeros(len(rows), dtype=torch.bool)
-        A = loss.advantages(rewards).flatten()
-        return GradedBatch(ids, mask, rewards.flatten(), A, ablated, is_student, (), 0, {})
+        A = arms.advantages(rewards).flatten()
+        return GradedBatch(ids, mask, rewards.flatten(), ablated, is_student, (), {}), A
 
     def step(self, seed: int, group: int | None = None) -> dict[str, Seconds]:
         """Our step but for grading and logging; the seconds of its stages."""
         lap = Laps()
         completions = self.sample(self.model, seed, group)
         lap("sample")
-        batch = self.batch(completions)
+        batch, A = self.batch(completions)
         lap("advantages, collate")
-        grads = sample_grads(self.model, self.knobs, batch, batch.A, self.cfg)
+        grads = sample_grads(self.model, self.knobs, batch, A, self.cfg)
         lap("forward + backward")
-        plain = data_types.Factors.plain(len(batch.A))
+        plain = data_types.Factors.plain(len(A))
         p = proj.project(grads.G, plain, self.V, self.V, batch.is_student, arms.ARMS["erase"], self.cfg.vhack)
         lap("project")
-        apply_step(self.knobs, p, self.optimizer, self.scheduler, self.cfg.rl.clip)
+        apply_step(self.knobs, p, (self.optimizer, self.scheduler), self.cfg.rl.clip)
         lap("update, merge")
         return lap.taken
 
@@ -127,9 +127,9 @@ class Candidates:
         lap = Laps()
         completions = self.hook.sample(self.prompts, self.cfg.rl.group, **self.settings)
         lap("sample")
-        batch = self.batch(completions)
+        batch, A = self.batch(completions)
         lap("advantages, collate")
-        weight = batch.A / self.cfg.loss_denominator
+        weight = A / self.cfg.loss_denominator
         both = self.hook.two_backwards(batch.ids, batch.mask, weight, batch.is_student, self.cfg.rl.temperature)
         lap("forward + two backwards")
         is_student, plain = torch.tensor([True, False]), data_types.Factors.plain(2)
@@ -164,14 +164,14 @@ def total(stages: dict[str, Seconds]) -> Seconds:
 def one_round(b: Candidates, trl: Callable[[], Seconds], seed: int) -> tuple[dict[str, Seconds], dict[str, Seconds]]:
     """Every candidate once: its seconds, and the seconds of our step's stages."""
     cfg, group = b.cfg, b.cfg.rl.group
-    batch = b.batch(b.sample(b.model, seed))
-    fixed = (batch.ids, batch.mask, batch.A / cfg.loss_denominator)
+    batch, A = b.batch(b.sample(b.model, seed))
+    fixed = (batch.ids, batch.mask, A / cfg.loss_denominator)
     shared = dict(temperature=cfg.rl.temperature, micro_batch=cfg.rl.micro_batch)
     ours = b.step(seed)
     hook = b.hook_step(seed)
     sample, sample_unwrapped = there_and_back(lambda: b.sample(b.model, seed), lambda: b.sample(b.base, seed))
     gradient, gradient_full = there_and_back(
-        lambda: sample_grads(b.model, b.knobs, batch, batch.A, cfg),
+        lambda: sample_grads(b.model, b.knobs, batch, A, cfg),
         lambda: full_gradient(b.base, list(b.knobs.modules), *fixed, **shared),
     )
     taken = {

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from projected_grpo.data_types import Factors, GradedBatch, RowGrads
+from projected_grpo.data_types import GradedBatch, RowGrads
+from projected_grpo.train import Alone
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(Alone):
     """This process among ``n`` like it, each with equally many rollouts. sharded: they also share the weights (FSDP2),
     so that they must run forward and backward in step. With n = 1 every method returns what it is given.
     """
@@ -69,20 +70,17 @@ class Ranks:
         """The rollouts of all processes. Token ids and masks stay where they are: those of the result are empty."""
         if self.n == 1:
             return batch
-        b = len(batch.A) * self.n
-        counts = torch.tensor([[float(batch.n_zero_var), *batch.seconds.values()]], device=batch.A.device)
-        counts = self.rows(counts)
+        b = len(batch.rewards) * self.n
+        seconds = self.rows(torch.tensor([list(batch.seconds.values())], device=batch.rewards.device))
         return replace(
             batch,
             ids=batch.ids.new_zeros(b, 1),
             mask=batch.mask.new_zeros(b, 0),
             rewards=self.rows(batch.rewards),
-            A=self.rows(batch.A),
             ablated=self.rows(batch.ablated),
             is_student=self.rows(batch.is_student),
             rollouts=tuple(self.objects(batch.rollouts)),
-            n_zero_var=int(counts[:, 0].sum()),
-            seconds=dict(zip(batch.seconds, counts[:, 1:].amax(0).tolist(), strict=True)),
+            seconds=dict(zip(batch.seconds, seconds.amax(0).tolist(), strict=True)),
         )
 
     def summary(self, grads: RowGrads, n_tokens: int) -> RowGrads:
@@ -104,9 +102,6 @@ class Ranks:
         return evened(lots, len(mask), int(n.max()), mask.device)
 
 
-ALONE = Ranks()
-
-
 def evened(lots: Sequence[Tensor], b: int, n: int, device: torch.device) -> list[Tensor]:
     """n lots of the b rows that cover what ``lots`` cover: rows that were in none join first, each as a lot (their
     weight is 0, and so is their gradient), then the largest are halved. Raises ValueError where n exceeds b.
@@ -120,8 +115,3 @@ def evened(lots: Sequence[Tensor], b: int, n: int, device: torch.device) -> list
         largest = max(range(len(made)), key=lambda i: len(made[i]))
         made[largest : largest + 1] = made[largest].tensor_split(2)
     return made
-
-
-def rows_of(f: Factors, rows: slice) -> Factors:
-    """The factors of these rows."""
-    return Factors(f.whole[rows], f.keep[rows], f.quarantine[rows])

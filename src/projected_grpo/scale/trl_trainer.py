@@ -26,29 +26,27 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from projected_grpo import arms, evals, prepare, problems, runs
-from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import Config, UserError, choose, parse
-from projected_grpo.data_types import GradedBatch, Rollout, Step, Task, Update
-from projected_grpo.evals import EvalRow, bluf
-from projected_grpo.metrics import legend, rollout_rows, step_row, table_cells
+from projected_grpo.data_types import GradedBatch, Projection, Rollout, Task, Update
 from projected_grpo.models import device_of
-from projected_grpo.prepare import Experiment, refresh, set_up
+from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
-from projected_grpo.rollout import graded, set_apart, tasks_of_step
-from projected_grpo.runs import RunRecord, Stopped, json_lines
+from projected_grpo.rollout import collated, set_apart, tasks_of_step
+from projected_grpo.runs import RunRecord, Stopped
 from projected_grpo.sandbox.worker import SandboxError
 from projected_grpo.scale.ranks import Ranks
 from projected_grpo.scale.sharded import merged_parameters, unmerged, unsharded
 from projected_grpo.train import (
-    SHOULD,
-    TABLE_EVERY,
     clip_scale,
     deploy_eval,
-    gradient_step,
-    layers_of,
     make_optimizer,
+    meta_of,
     n_ablated,
+    one_step,
     put_gradient,
+    record_step,
+    say_beginning,
+    say_outcome,
     settle,
     update_rule,
 )
@@ -295,8 +293,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         """This process's rollouts in the order of their groups (TRL shuffles rows)."""
         back = inputs["row"].argsort()
         seconds = {"gen": self.gen_seconds, "grade": self.environment.seconds}
-        made = graded(self.environment.rollouts, self.apart(), self.x.tokenizer, self.cfg, self.x.model.device, seconds)
-        return replace(made, A=inputs["advantages"][back].to(made.A), is_student=~inputs["is_teacher"][back])
+        made = collated(self.x, self.environment.rollouts, self.apart(), seconds)
+        return replace(made, is_student=~inputs["is_teacher"][back])
 
     # --- the step
 
@@ -304,21 +302,25 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         """One forward and backward that leave the projected gradient of all processes on the knobs. DDP has nothing to
         reduce: no graph reaches a parameter, and the sums are taken in ``learn``.
         """
-        every, step, overlap = self.cfg.vhack.refresh_every, self.step, None
+        step = self.step
         if step and step % self.cfg.eval.eval_every == 0:
             self.deploy(step)
-        if every and step and step % every == 0:
-            self.x.refreshed = (step, self.x.knobs.state())
-            overlap = refresh(self.x, self.cfg)
+        overlap = refresh_if_due(self.x, self.cfg, step)
+        if overlap is not None:
             share_directions(self.x, self.ranks)
         self.model.train()  # so that TRL takes this for training
-        batch = self.batch(self._prepare_inputs(inputs))
-        self.made = replace(gradient_step(self.x, self.arm, batch, self.cfg, step, self.ranks), overlap=overlap)
-        self.before = {m: d.detach().clone() for m, d in self.x.knobs.delta.items()}
-        put_gradient(self.x.knobs, self.made.projection)
+        roll_out = lambda: self.batch(self._prepare_inputs(inputs))
+        made = one_step(self.x, self.arm, roll_out, self.put, self.cfg, step, self.ranks)
+        self.made = replace(made, overlap=overlap)
         self.model.train()
         self._step += 1
         return torch.tensor(self.made.grads.loss, device=self.args.device)
+
+    def put(self, p: Projection) -> Update:
+        """The gradient on the knobs; TRL steps the optimizer later, and ``after_update`` fills the Update in."""
+        self.before = {m: d.detach().clone() for m, d in self.x.knobs.delta.items()}
+        put_gradient(self.x.knobs, p)
+        return Update({}, 0.0)
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         """Clip by the norm of the whole gradient, before projection, so that arms differ by their projection alone."""
@@ -333,20 +335,11 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def record(self) -> None:
-        """Log the step, and keep a checkpoint where it is time to."""
-        made: Step = self.made
-        done, cfg, rec = self.step, self.cfg, self.rec  # the trainer has counted the step already
-        self.x.recent.append(tuple(r for r in made.batch.rollouts if r.source == "student"))
-        if rec is None:
-            return
-        row = step_row(done - 1, made, self.x.directions.arm, self.x.knobs)
-        rec.append("steps.jsonl", [asdict(row)])
-        rec.rollouts(done - 1, rollout_rows(done - 1, made, layers_of(self.x.directions.real)))
-        rec.tracker.log(done - 1, runs.numbers_of("train", asdict(row)))
-        if row.step % TABLE_EVERY == 0 or done == cfg.rl.steps:
-            tqdm.write(table_cells(row))
-        if done % cfg.checkpoint_every == 0 or done == cfg.rl.steps:
-            rec.checkpoint("step", done, *prepare.state_of(self.x, (self.optimizer, self.lr_scheduler)))
+        """Log the step that the trainer has just counted."""
+        self.x.remember(self.made.batch.rollouts)
+        if self.rec is not None:
+            optimizers = (self.optimizer, self.lr_scheduler)
+            record_step(self.x, self.rec, self.cfg, optimizers, self.step - 1, self.made)
 
     def deploy(self, step: int, scales: Sequence[float] = ()) -> None:
         """The deploy evaluation: on the first process, the others wait. Where they share the weights all of them run it
@@ -356,7 +349,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         if self.rec is not None:
             deploy_eval(x, self.grader, self.rec, self.cfg, step, scales)
         elif self.ranks.sharded:
-            evals.evaluate(x.sample, x.knobs, x.tokenizer, x.held_out, self.grader, self.cfg, step, scales)
+            evals.evaluate(x, x.held_out, self.grader, self.cfg, step, scales)
         self.accelerator.wait_for_everyone()
 
 
@@ -372,25 +365,16 @@ def train(cfg: Config, vllm: str = "off") -> Path | None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = cfg.graders or (max(1, 2 * (os.cpu_count() or 1) // local) if local > 1 else None)
     with Grader(workers, cfg.allow_unsandboxed_grading) as grader:
-        meta = {
-            "layers": grader.layers,
-            "oracle": arms.arm(cfg.intervention).oracle,
-            "arm": asdict(arms.arm(cfg.intervention)),
-            "V": vhack.basis_summary(x.directions.real, cfg),
-            "arm_V": vhack.basis_summary(x.directions.arm, cfg),
-            "trainer": {"trl": version("trl"), "accelerate": version("accelerate")} | asdict(ranks) | {"vllm": vllm},
-        }
+        trainer = {"trl": version("trl"), "accelerate": version("accelerate")} | asdict(ranks) | {"vllm": vllm}
+        meta = meta_of(x, grader, cfg) | {"trainer": trainer}
         with RunRecord(cfg, meta, stopped) if ranks.rank == 0 else nullcontext() as rec:
             if rec is not None:
-                logger.info("run {}: {} processes, {} tasks", rec.name, ranks.n, len(x.tasks))
-                tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
+                say_beginning(x, rec, meta)
             with losing_a_process(rec):
                 run(ProjectedGRPOTrainer(x, grader, rec, cfg, ranks, vllm, stopped.at.done if stopped else 0), stopped)
             folder = rec.finish() if rec is not None else None
     if folder is not None:
-        rows = [EvalRow(**row) for row in json_lines(folder / "evals.jsonl")]
-        before, after = ([r for r in rows if r.step == at] for at in (0, cfg.rl.steps))
-        tqdm.write(bluf(cfg, folder, before, after))
+        say_outcome(folder, cfg)
     return folder
 
 
