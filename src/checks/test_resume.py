@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from projected_grpo import antipasto, models, rollout_log
 from projected_grpo import runs as checkpoints
 from projected_grpo import runs as run_record
-from projected_grpo import runs as study
 from projected_grpo import runs as trackers
 from projected_grpo.config import PRESETS, ModelCfg, UserError, parse
 from projected_grpo.evals import EvalRow
@@ -181,7 +180,7 @@ def test_a_study_goes_on_with_a_broken_run_of_the_same_code(tmp_path, monkeypatc
     checkpoints.write_checkpoint(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
     run_record.write_json(folder / "meta.json", {"status": "running", "commit": commit})
     said = []
-    monkeypatch.setattr(study, "git_commit", lambda: "abc" if commit != "abc+" else "abc+")
+    monkeypatch.setattr(run, "git_commit", lambda: "abc" if commit != "abc+" else "abc+")
     monkeypatch.setattr(
         run.subprocess, "run", lambda command, **_: said.append(command) or subprocess.CompletedProcess(command, 0)
     )
