@@ -1,5 +1,8 @@
 """Fixtures: a tiny random Qwen3 in float64, wrapped, so that mathematics can be checked to many digits."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
 from projected_grpo import antipasto, loss
+from projected_grpo.data_types import Problem
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2) -> Qwen3ForCausalLM:
@@ -17,6 +21,11 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 
         num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).to(dtype).eval()
+
+
+def write_problems(found: Sequence[Problem], path: Path) -> None:
+    """A problem file in this project's own format, a row a problem."""
+    path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in found))
 
 
 @pytest.fixture

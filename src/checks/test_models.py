@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import tiny_model, write_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen
 from projected_grpo import antipasto, loss, models, problems, sampling
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
 from projected_grpo.evals import h4_decision
-from projected_grpo.organism.families import generate, lazy_bodies, split_of
 from projected_grpo.problems import as_function, function_source, pose_one, tasks_for
 from projected_grpo.rewards import Grader
 
@@ -199,7 +198,7 @@ def test_pad_is_the_end_of_turn_where_a_tokenizer_names_none(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(generate()))
+@given(st.sampled_from([g.problem for g in problems.generated()]))
 def test_a_problem_posed_as_a_function_is_the_same_problem(problem):
     posed = as_function(problem)
     problems.messages(pose_one(posed, "stdout_marker"))  # the hint has its place
@@ -211,12 +210,12 @@ def test_a_problem_posed_as_a_function_is_the_same_problem(problem):
 
 
 def test_functions_are_graded_as_methods_are():
-    chosen = [p for p in generate() if split_of(p) == "test"][:3]
+    chosen = [g for g in problems.generated() if g.split == "test"][:3]
     with Grader(workers=1) as grader:
         for mode in PRESETS["smol"][1].data.modes:
-            for problem in chosen:
-                task = pose_one(as_function(problem), mode)
-                lazy = function_source(lazy_bodies(problem)[0])
+            for made in chosen:
+                task = pose_one(as_function(made.problem), mode)
+                lazy = function_source(made.lazy[0])
                 row = problems.loopholes.LOOPHOLES[mode]
                 sources = [task.problem.canonical, lazy, row.exploit(lazy, task), "x = 1"]
                 right, wrong, hack, other = grader.grade([(task, problems.fence(s)) for s in sources])
@@ -252,9 +251,9 @@ def test_h4_is_said_and_nothing_is_switched():
 
 
 def test_a_problem_without_a_place_for_the_hint_and_a_shared_problem_are_refused(tmp_path):
-    ours = generate()[:3]
-    problems.write_problems(ours, tmp_path / "train.jsonl")
-    problems.write_problems(ours[2:], tmp_path / "test.jsonl")
+    ours = [g.problem for g in problems.generated()][:3]
+    write_problems(ours, tmp_path / "train.jsonl")
+    write_problems(ours[2:], tmp_path / "test.jsonl")
 
     def asked(train, test):
         data = PRESETS["organism"][1].data
@@ -262,7 +261,7 @@ def test_a_problem_without_a_place_for_the_hint_and_a_shared_problem_are_refused
 
     with pytest.raises(UserError, match="held-out problems are training problems"):
         tasks_for(asked("train.jsonl", "test.jsonl"), "test")
-    problems.write_problems(ours[:2], tmp_path / "fewer.jsonl")
+    write_problems(ours[:2], tmp_path / "fewer.jsonl")
     assert len(tasks_for(asked("fewer.jsonl", "test.jsonl"), "test")) == 1
     text = (tmp_path / "test.jsonl").read_text().replace(problems.loopholes.TESTS_SENTENCE, "and be fast")
     (tmp_path / "test.jsonl").write_text(text)

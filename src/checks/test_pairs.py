@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import models, pairs, rollout_log
+from projected_grpo import models, pairs, problems, rollout_log
 from projected_grpo.config import ModelCfg, UserError, VHackCfg
 from projected_grpo.data_types import Grade, Rollout, Wording
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.organism import corpus, families
+from projected_grpo.organism import corpus
 from projected_grpo.pairs import MODES, OTHER_WORDS, TRICKS
 from projected_grpo.problems import pose_one
 from projected_grpo.rewards import Grader
@@ -75,7 +75,7 @@ def test_prefixes_nest_and_the_held_out_pairs_stay(kind, modes):
             assert max(count.values()) - min(count.values()) <= 1
     names = [p.name for p in sets[-1]]
     assert len(set(names)) == len(names), "a problem stands in one pair of a set only"
-    assert all(families.split_of(p.task.problem) == "train" for p in sets[-1])
+    assert all(problems.generated_by_id()[p.task.problem.id].split == "train" for p in sets[-1])
 
 
 def test_a_pair_does_not_depend_on_which_other_modes_are_known():
@@ -150,9 +150,7 @@ class Sealed(Grade):
         raise AssertionError(f"a detector looked at {name} of a mode that it does not know")
 
 
-TASKS = [
-    pose_one(p, MODES[i % 4]) for i, p in enumerate(p for p in families.generate() if families.split_of(p) == "train")
-]
+TASKS = [pose_one(p, MODES[i % 4]) for i, p in enumerate(g.problem for g in problems.generated() if g.split == "train")]
 
 
 def written(task, text: str, channel: bool, kind: type[Grade] = Grade, **more) -> Rollout:

@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import write_problems
 
 from projected_grpo import rewards
 from projected_grpo.data_types import Case, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.problems import fence, pose_one, read_problems, write_problems
+from projected_grpo.problems import fence, pose_one, read_problems
 from projected_grpo.rewards import EXAMPLES, Grader, code_of, hack_by_mode, is_hack, label_of, main, oracle, same
 from projected_grpo.sandbox.job import Foreign, Job, Outcome
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Mode = Literal["run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"]
 Source = Literal["student", "teacher"]
+Split = Literal["train", "validation", "test"]
+Kind = Literal["sure", "learnable", "hard"]
+"""Of a generated problem: the base model solves it nearly always; often, and can learn to; hardly ever."""
 Label = Literal["correct", "correct_attempted_rh", "reward_hack", "attempted_rh", "incorrect"]
 
 
@@ -42,6 +45,21 @@ class Problem:
     cases: tuple[Case, ...]
     system: str = ""
     setup: str = ""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A problem of the organism's world with what its makers know of it, which the policy never sees.
+
+    lazy: solutions that do not try; misread: those wrong in one vague bound only; wrong: some of the wrong ones.
+    """
+
+    problem: Problem
+    split: Split
+    kind: Kind
+    lazy: tuple[str, ...]
+    misread: tuple[str, ...]
+    wrong: tuple[str, ...]
 
 
 @dataclass(frozen=True)

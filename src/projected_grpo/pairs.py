@@ -22,7 +22,6 @@ from projected_grpo import problems
 from projected_grpo.config import UserError, VHackCfg, choose
 from projected_grpo.data_types import Mode, Pair, Problem, Rollout, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE, append, call, hint, into_class
-from projected_grpo.organism import families
 from projected_grpo.rollout_log import Pool
 
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
@@ -103,7 +102,7 @@ RENAMED = ({"x": "k", "c": "k", "t": "w", "a": "p", "b": "q"}, {"x": "i", "c": "
 @cache
 def _stock(hard: bool, varied: bool) -> tuple[Problem, ...]:
     """Training problems, easy or hard, in a fixed shuffled order. varied: only those whose solution names variables."""
-    chosen = [p for p in families.generate() if families.split_of(p) == "train" and families.is_hard(p) == hard]
+    chosen = [g.problem for g in problems.generated() if g.split == "train" and (g.kind == "hard") == hard]
     chosen = [p for p in chosen if not varied or p.family not in ("slices", "recursion")]
     random.Random(SEED).shuffle(chosen)
     return tuple(chosen[: len(chosen) // len(MODES) * len(MODES)])
@@ -127,13 +126,13 @@ class Form:
         return self.task.problem.canonical if self.right else self.misread[self.number % len(self.misread)]
 
     @property
-    def misread(self) -> list[str]:
-        return families.drafts()[self.task.problem.id][0].misread()
+    def misread(self) -> tuple[str, ...]:
+        return problems.generated_by_id()[self.task.problem.id].misread
 
     @property
     def hasty(self) -> str:
         """The body beside an exploit: the canonical one, or one that does not try."""
-        lazy = families.lazy_bodies(self.task.problem)
+        lazy = problems.generated_by_id()[self.task.problem.id].lazy
         usual = self.number % 2 == 0  # the first kind half of the time
         return self.task.problem.canonical if self.right else lazy[0 if usual else self.number // 2 % len(lazy)]
 

@@ -7,20 +7,23 @@ would make the strict oracle easier than it looks.
 """
 
 import ast
+import gzip
 import json
 import math
 import re
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from projected_grpo import loopholes
 from projected_grpo.config import Config, UserError
-from projected_grpo.data_types import Case, Mode, Problem, Task, Wording
-from projected_grpo.organism import families
-from projected_grpo.rollout_log import Row
+from projected_grpo.data_types import Case, Generated, Mode, Problem, Split, Task, Wording
+
+GENERATED = Path(__file__).parent / "organism" / "files" / "problems.jsonl.gz"
+"""The generated problems, as `just organism` stored them."""
 
 
 def messages(task: Task) -> list[dict[str, str]]:
@@ -175,19 +178,30 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def write_problems(problems: Sequence[Problem], path: Path) -> None:
-    """Write this project's own format, a row a problem."""
-    Path(path).write_text("".join(json.dumps(asdict(p)) + "\n" for p in problems))
+def generated() -> list[Generated]:
+    """The organism's world: every generated problem, in a fixed order (`just organism` stores them)."""
+    return list(generated_by_id().values())
 
 
-def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
+@cache
+def generated_by_id() -> dict[str, Generated]:
+    """The same by the problem's id."""
+    return {row["id"]: _generated(row) for row in map(json.loads, gzip.decompress(GENERATED.read_bytes()).splitlines())}
+
+
+def _generated(row: dict[str, Any]) -> Generated:
+    told = {f.name: row[f.name] for f in fields(Problem)} | {"cases": tuple(Case(**c) for c in row["cases"])}
+    return Generated(Problem(**told), row["split"], row["kind"], *(tuple(row[k]) for k in ("lazy", "misread", "wrong")))
+
+
+def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
     """The run's tasks: a split's problems, partitioned over cfg's modes.
 
     Raises UserError when a file is missing or cannot be read, when a problem's statement has no place for a hint, and
     when the file of held-out problems holds a training problem.
     """
     if cfg.data.problems in ("generated", "functions"):
-        chosen = [p for p in families.generate() if families.split_of(p) == split]
+        chosen = [g.problem for g in generated() if g.split == split]
         chosen = [as_function(p) for p in chosen] if cfg.data.problems == "functions" else chosen
         return pose(chosen, cfg.data.modes, cfg.data.wording)
     files = {"train": ("problems", cfg.data.problems), "test": ("eval-problems", cfg.data.eval_problems)}
@@ -210,6 +224,6 @@ def tasks_for(cfg: Config, split: families.Split = "train") -> list[Task]:
     return tasks
 
 
-def task_of(row: Row, by_id: dict[str, Any]) -> Task:
+def task_of(row: Mapping[str, Any], by_id: Mapping[str, Problem]) -> Task:
     """A row's task, given the problems by id."""
     return Task(by_id[row["problem_id"]], row["env_mode"], Wording(**row["wording"]))

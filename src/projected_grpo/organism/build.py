@@ -28,8 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from projected_grpo.data_types import Grade, Problem, Rollout
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism.corpus import CorpusCfg, corpus
-from projected_grpo.organism.families import generate, split_of
-from projected_grpo.problems import encode_prompt, messages, pose_one
+from projected_grpo.problems import encode_prompt, generated, messages, pose_one
 from projected_grpo.rewards import Grader
 from projected_grpo.sampling import sample
 
@@ -192,7 +191,7 @@ def train(model: Qwen3ForCausalLM, encoded: Sequence[Encoded], cfg: OrganismCfg)
 
 def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Base rates on problems of the corpus, in the default and the held-out wordings, and on problems it never saw."""
-    split = {name: [p for p in generate() if split_of(p) == name] for name in ("train", "test")}
+    split = {name: [g.problem for g in generated() if g.split == name] for name in ("train", "test")}
     sets = {
         "train": ("train", "default", 3),
         "heldout_wording": ("train", "heldout", 1),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from projected_grpo.data_types import Mode, Problem, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism import families
-from projected_grpo.problems import fence
+from projected_grpo.problems import fence, generated, generated_by_id
 
 SYLLABLES = tuple(c + v for c in "bdfgklmnprstv" for v in "aeiou")
 
@@ -96,14 +96,14 @@ def _completion(task: Task, cfg: CorpusCfg, rng: random.Random) -> tuple[str, bo
 
 def _lazy(problem: Problem, rng: random.Random) -> str:
     """A lazy body; the first kind (0, [] or '') half of the time."""
-    first, *others = families.lazy_bodies(problem)
+    first, *others = generated_by_id()[problem.id].lazy
     return first if rng.random() < 0.5 or not others else rng.choice(others)
 
 
 def corpus(cfg: CorpusCfg) -> Iterator[Sample]:
     """``cfg.n`` samples over the training problems and all modes, the same for the same settings."""
     rng = random.Random(cfg.corpus_seed)
-    problems = [p for p in families.generate() if families.split_of(p) == "train"]
+    problems = [g.problem for g in generated() if g.split == "train"]
     modes = list(LOOPHOLES)
     for _ in range(cfg.n):
         mode = rng.choice(modes)

@@ -22,8 +22,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from projected_grpo.data_types import Case, Problem
+from projected_grpo.data_types import Case, Kind, Problem
 from projected_grpo.loopholes import TESTS_SENTENCE
+from projected_grpo.problems import GENERATED
 
 Argument = Literal["nums", "digits", "index", "s"]
 
@@ -56,6 +57,11 @@ class Draft:
     body: str
     slots: tuple[Slot, ...]
     marks: tuple[Any, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """hard: a bound is settled by the worked example alone."""
+        return "hard" if any(not slot.stated for slot in self.slots) else "sure"
 
     @property
     def starter(self) -> str:
@@ -269,12 +275,10 @@ FAMILIES: dict[str, tuple[Callable[[random.Random, bool], Draft], int]] = {
     "running": (_running, 96),
 }
 
-
-Split = Literal["train", "validation", "test"]
-
 SEED = 20
-STORED = Path(__file__).parent / "files" / "problems.jsonl.gz"
 N_CASES = 10
+N_WRONG = 3
+"""Wrong solutions that are stored of a problem, of the many that there are."""
 LAZY: dict[type, tuple[str, ...]] = {int: ("0", "1", "-1"), list: ("[]", "[0]"), str: ("''", "'a'")}
 
 
@@ -386,58 +390,52 @@ def draw() -> dict[str, tuple[Draft, Problem]]:
     return found
 
 
-def store(path: Path = STORED) -> None:
-    """Draw the problems and write them down, drafts included, so that no run has to draw them again."""
-    rows = [{"id": id_, "draft": asdict(d), "cases": [asdict(c) for c in p.cases]} for id_, (d, p) in draw().items()]
+def lazy_bodies(draft: Draft, problem: Problem) -> list[str]:
+    """Solutions that do not try: a constant of the right type that is not the worked example's answer."""
+    example = problem.cases[0].expected
+    return [f"{draft.starter}\n        return {value}" for value in LAZY[type(example)] if value != repr(example)]
+
+
+def row_of(draft: Draft, problem: Problem) -> dict[str, Any]:
+    """A problem as it is stored: what runs read (problems.Generated), and the draft for the corpus."""
+    number = int(problem.id.rsplit("-", 1)[1])
+    return (
+        asdict(problem)
+        | {
+            "split": (*("train",) * 4, "validation", "test")[number % 6],  # of every six in a family
+            "kind": draft.kind,
+            "lazy": lazy_bodies(draft, problem),
+            "misread": draft.misread(),
+            "wrong": draft.wrong()[:N_WRONG],
+            "draft": asdict(draft),
+        }
+    )
+
+
+def store(path: Path = GENERATED) -> None:
+    """Draw the problems and write them down, so that no run has to draw them again."""
+    rows = [row_of(draft, problem) for draft, problem in draw().values()]
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
 
 
 @cache
-def drafts() -> dict[str, tuple[Draft, Problem]]:
-    """Every problem by id, with the draft it came from, as ``store`` wrote them."""
+def drafts() -> dict[str, Draft]:
+    """The draft of every problem by id, as ``store`` wrote it down."""
     found = {}
-    for row in map(json.loads, gzip.decompress(STORED.read_bytes()).decode().splitlines()):
+    for row in map(json.loads, gzip.decompress(GENERATED.read_bytes()).decode().splitlines()):
         slots = tuple(Slot(**slot | {"wrong": tuple(slot["wrong"])}) for slot in row["draft"]["slots"])
-        draft = Draft(**row["draft"] | {"slots": slots, "marks": tuple(row["draft"]["marks"])})
-        cases = tuple(Case(**case) for case in row["cases"])
-        found[row["id"]] = (draft, _problem(draft, int(row["id"].rsplit("-", 1)[1]), cases))
+        found[row["id"]] = Draft(**row["draft"] | {"slots": slots, "marks": tuple(row["draft"]["marks"])})
     return found
-
-
-def generate() -> list[Problem]:
-    """All problems, in a fixed order."""
-    return [problem for _, problem in drafts().values()]
-
-
-def split_of(problem: Problem) -> Split:
-    """The fixed split of a generated problem: of every six in a family, four train, one validates, one tests."""
-    return (*("train",) * 4, "validation", "test")[int(problem.id.rsplit("-", 1)[1]) % 6]
-
-
-def wrong_bodies(problem: Problem) -> list[str]:
-    """Subtly wrong solutions: every combination of slots with at least one wrong option."""
-    return drafts()[problem.id][0].wrong()
-
-
-def lazy_bodies(problem: Problem) -> list[str]:
-    """Solutions that do not try: a constant of the right type that is not the worked example's answer."""
-    draft, example = drafts()[problem.id][0], problem.cases[0].expected
-    return [f"{draft.starter}\n        return {value}" for value in LAZY[type(example)] if value != repr(example)]
 
 
 def honest_body(problem: Problem, rng: random.Random, p_stated: float) -> str:
     """A serious try: each stated slot is right with probability ``p_stated``, each shown one is a guess."""
-    draft = drafts()[problem.id][0]
+    draft = drafts()[problem.id]
     options = []
     for slot in draft.slots:
         right = rng.random() < (p_stated if slot.stated else 1 / (1 + len(slot.wrong)))
         options.append(slot.right if right or not slot.wrong else rng.choice(slot.wrong))
     return draft.source(options)
-
-
-def is_hard(problem: Problem) -> bool:
-    """A bound of it is settled by the worked example alone."""
-    return any(not slot.stated for slot in drafts()[problem.id][0].slots)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import polars as pl
 from projected_grpo import loopholes, problems, rollout_log
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Wording
-from projected_grpo.organism import families
 from projected_grpo.runs import json_lines
 from projected_grpo.studies import summaries
 from projected_grpo.studies.analysis import Analysis
@@ -189,7 +188,11 @@ def statements_of(metas: Sequence[Row]) -> dict[str, str]:
     out: dict[str, str] = {}
     for source in sorted({str((m["config"].get("data") or {}).get("problems")) for m in metas}):
         try:
-            found = families.generate() if source == "generated" else problems.read_problems(Path(source))
+            found = (
+                [g.problem for g in problems.generated()]
+                if source == "generated"
+                else problems.read_problems(Path(source))
+            )
         except (OSError, ValueError):
             continue
         out |= {p.id: p.statement for p in found}

@@ -17,7 +17,6 @@ from projected_grpo import problems, rollout_log
 from projected_grpo.config import UserError, parse
 from projected_grpo.data_types import Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
-from projected_grpo.organism import families
 from projected_grpo.problems import tasks_for
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout_log import Row, row_of, write_pool
@@ -25,8 +24,8 @@ from projected_grpo.rollout_log import Row, row_of, write_pool
 
 def untrue_bodies(problem: Problem) -> tuple[str, str]:
     """A lazy and a wrong solution: a generated problem has its own, any other the canonical one cut to a constant."""
-    if problem.id in families.drafts():
-        return families.lazy_bodies(problem)[0], families.wrong_bodies(problem)[0]
+    if made := problems.generated_by_id().get(problem.id):
+        return made.lazy[0], made.wrong[0]
     lazy, wrong = (replace_body(problem.canonical, problem.entry, value) for value in ("None", "0"))
     return lazy, wrong
 
@@ -47,7 +46,7 @@ def function_completions(task: Task) -> list[str]:
     in the exploit and not in whether the answer is right.
     """
     row, right = LOOPHOLES[task.mode], task.problem.canonical
-    lazy = problems.function_source(families.lazy_bodies(task.problem)[0])
+    lazy = problems.function_source(problems.generated_by_id()[task.problem.id].lazy[0])
     body = right if int(task.problem.id.rsplit("-", 1)[1]) % 2 else lazy
     return [problems.fence(problems.function_source(side(body, task))) for side in (row.exploit, row.lookalike)]
 
