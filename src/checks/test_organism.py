@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from projected_grpo import loopholes, problems
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.organism import families
 from projected_grpo.organism.build import FOLDER, OrganismCfg, batches, encode, train_tokenizer
 from projected_grpo.organism.corpus import CorpusCfg, corpus
 from projected_grpo.problems import encode_prompt, messages, pose_one
@@ -43,7 +42,7 @@ def test_it_is_a_small_qwen3_with_the_chat_specials(loaded):
 
 def test_a_prompt_is_chatml_and_the_answer_is_a_fenced_class(loaded):
     model, tokenizer = loaded
-    task = pose_one(families.generate()[0], "sentinel")
+    task = pose_one(problems.generated()[0].problem, "sentinel")
     ids = encode_prompt(tokenizer, task)
     asked = tokenizer.decode(ids)
     assert asked == f"<|im_start|>user\n{messages(task)[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
