@@ -59,6 +59,7 @@ def test_a_run_folder_is_complete(runs):
         assert len(steps_of(folder)) == 3
         assert len(list(rollout_log.rows(folder))) == 3 * 4 * 4
         assert {e["step"] for e in json_lines(folder / "evals.jsonl")} == {0, 3}
+        assert {e["kind"] for e in json_lines(folder / "eval_problems.jsonl")} <= {"sure", "learnable", "hard"}
 
 
 def test_only_route_leaves_a_quarantine(runs):

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from projected_grpo.antipasto import Use
 from projected_grpo.config import Config
 from projected_grpo.data_types import Grade, Task
+from projected_grpo.problems import kind_of
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import Policy, complete, seeded
 
@@ -76,7 +77,8 @@ def problem_rows(
 ) -> list[dict[str, Any]]:
     """Counts by problem, which clustered statistics over runs are made from."""
     return [
-        {"step": step, "knobs": knobs, "mode": t.mode, "problem_id": t.problem.id, "n": len(samples)}
+        {"step": step, "knobs": knobs, "mode": t.mode, "problem_id": t.problem.id, "kind": kind_of(t.problem)}
+        | {"n": len(samples)}
         | {metric: sum(map(verdict, samples)) for metric, verdict in VERDICTS.items()}
         for t, samples in zip(tasks, grades, strict=True)
     ]

@@ -20,7 +20,7 @@ from typing import Any
 
 from projected_grpo import loopholes
 from projected_grpo.config import Config, UserError
-from projected_grpo.data_types import Case, Generated, Mode, Problem, Split, Task, Wording
+from projected_grpo.data_types import Case, Generated, Kind, Mode, Problem, Split, Task, Wording
 
 GENERATED = Path(__file__).parent / "organism" / "files" / "problems.jsonl.gz"
 """The generated problems, as `just organism` stored them."""
@@ -187,6 +187,12 @@ def generated() -> list[Generated]:
 def generated_by_id() -> dict[str, Generated]:
     """The same by the problem's id."""
     return {row["id"]: _generated(row) for row in map(json.loads, gzip.decompress(GENERATED.read_bytes()).splitlines())}
+
+
+def kind_of(problem: Problem) -> Kind | None:
+    """The kind of a generated problem, for analysis only; None of any other."""
+    made = generated_by_id().get(problem.id)
+    return made.kind if made else None
 
 
 def _generated(row: dict[str, Any]) -> Generated:

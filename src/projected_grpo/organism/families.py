@@ -399,17 +399,15 @@ def lazy_bodies(draft: Draft, problem: Problem) -> list[str]:
 def row_of(draft: Draft, problem: Problem) -> dict[str, Any]:
     """A problem as it is stored: what runs read (problems.Generated), and the draft for the corpus."""
     number = int(problem.id.rsplit("-", 1)[1])
-    return (
-        asdict(problem)
-        | {
-            "split": (*("train",) * 4, "validation", "test")[number % 6],  # of every six in a family
-            "kind": draft.kind,
-            "lazy": lazy_bodies(draft, problem),
-            "misread": draft.misread(),
-            "wrong": draft.wrong()[:N_WRONG],
-            "draft": asdict(draft),
-        }
-    )
+    known = {
+        "split": (*("train",) * 4, "validation", "test")[number % 6],  # of every six in a family
+        "kind": draft.kind,
+        "lazy": lazy_bodies(draft, problem),
+        "misread": draft.misread(),
+        "wrong": draft.wrong()[:N_WRONG],
+        "draft": asdict(draft),
+    }
+    return asdict(problem) | known
 
 
 def store(path: Path = GENERATED) -> None:
