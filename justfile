@@ -89,7 +89,7 @@ export RUN FOLDER *ARGS:
 
 # where a step's time goes, against the hook form, TRL and full fine-tuning; needs the extra bench
 bench *ARGS:
-    {{python}} -m projected_grpo.bench.bench --figure=docs/figures/bench_cost.png {{ARGS}}
+    {{python}} -m projected_grpo.bench.bench {{ARGS}}
 
 # what grading costs: gradings a second, against one process a grade
 bench-grading *ARGS:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig, Q
 
 from projected_grpo import antipasto, loss, memory, sampling
 from projected_grpo.config import Config, DataCfg, ModelCfg, RLCfg
+from projected_grpo.data_types import Sampling
 
 COMMON = dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
               num_key_value_heads=3, head_dim=64, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)  # fmt: skip
@@ -53,8 +54,8 @@ def step(config, cfg: Config) -> None:
     knobs = antipasto.Knobs(modules)
     knobs.merge()
     prompts = [[5 + i] * cfg.data.max_prompt for i in range(cfg.rl.prompts_per_step)]
-    quiet = dict(max_new=cfg.rl.max_new, eos=-1, pad=0, generator=torch.Generator())
-    written = sampling.sample(model, prompts, cfg.rl.group, **quiet)
+    how = Sampling(cfg.rl.max_new, (-1,), 0)
+    written = sampling.sample(model, prompts, cfg.rl.group, how, torch.Generator())
     ids, mask = loss.collate([p for p in prompts for _ in range(cfg.rl.group)], written, 0, torch.device("cpu"))
     loss.row_gradients(model, knobs, ids, mask, torch.ones(len(ids)), micro_batch=cfg.rl.micro_batch)
 

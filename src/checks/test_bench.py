@@ -8,6 +8,7 @@ from projected_grpo import loss, sampling
 from projected_grpo.bench import reference
 from projected_grpo.bench.memory import full_logits_gradients
 from projected_grpo.bench.reference import HookForm
+from projected_grpo.data_types import Sampling
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
@@ -68,11 +69,11 @@ def test_same_seed_same_rollouts_in_either_form(wrapped, hook):
     model, _ = wrapped
     for prompt in PROMPTS:
         ours = [
-            sampling.sample(model, [prompt], 5, max_new=20, eos=1, pad=0, generator=torch.Generator().manual_seed(7))
+            sampling.sample(model, [prompt], 5, Sampling(20, (1,), 0), torch.Generator().manual_seed(7))
             for _ in range(2)
         ]
         torch.manual_seed(7)
-        assert ours[0] == ours[1] == hook.sample([prompt], 5, max_new=20, eos=1, pad=0)
+        assert ours[0] == ours[1] == hook.sample([prompt], 5, Sampling(20, (1,), 0))
 
 
 def test_lots_hold_every_row_once_and_like_lengths_together(monkeypatch):

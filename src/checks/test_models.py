@@ -1,6 +1,7 @@
 """Every supported architecture in float32 and bfloat16: identity at zero, sampling, row gradients; loading."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen
 
 from projected_grpo import antipasto, loss, models, problems, sampling
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
+from projected_grpo.data_types import Sampling
 from projected_grpo.evals import h4_decision
 from projected_grpo.problems import as_function, function_source, pose_one, tasks_for
 from projected_grpo.rewards import Grader
@@ -74,11 +76,11 @@ def test_samples_in_lots_and_with_rows_that_end(kind, dtype, cache):
     model = model_of(kind, dtype)
     moved(antipasto.wrap(model, cache))
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
-    quiet = dict(max_new=12, eos=1, pad=0, generator=torch.Generator().manual_seed(3))
-    got = sampling.sample(model, prompts, 3, **quiet, rows=4)
+    how, dice = Sampling(12, (1,), 0), torch.Generator().manual_seed(3)
+    got = sampling.sample(model, prompts, 3, how, dice, rows=4)
     assert len(got) == 9
-    assert sampling.sample(model, prompts, 5, **quiet, rows=2)[0] != []
-    greedy = sampling.sample(model, prompts, 1, **quiet, temperature=0.0, rows=2)
+    assert sampling.sample(model, prompts, 5, how, dice, rows=2)[0] != []
+    greedy = sampling.sample(model, prompts, 1, replace(how, temperature=0.0), dice, rows=2)
     if dtype is torch.bfloat16:  # ties of two logits are rounded apart by the batch's shape
         return
     for prompt, completion in zip(prompts, greedy, strict=True):

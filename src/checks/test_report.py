@@ -20,7 +20,6 @@ from projected_grpo import arms as proj
 from projected_grpo import data_types, loopholes, problems, rollout_log
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Wording
-from projected_grpo.organism import families
 from projected_grpo.report import data as report_data
 from projected_grpo.report import data as rollout_pack
 from projected_grpo.report import figures, panels
@@ -41,7 +40,7 @@ LABELS = ("correct", "reward_hack", "attempted_rh", "incorrect")
 
 def rollout(step: int, i: int, scored: bool = True) -> dict:
     """A rollout of a generated problem in some mode: an exploit put into its starter, or its right solution."""
-    problem = families.generate()[(step * 7 + i) % 40]
+    problem = problems.generated()[(step * 7 + i) % 40].problem
     task = problems.pose_one(problem, MODES[i % len(MODES)])
     hacked = i % 3 == 0
     source = loopholes.LOOPHOLES[task.mode].exploit(problem.canonical, task) if hacked else problem.canonical
@@ -194,7 +193,7 @@ def marked(text: str, pattern: str) -> set[int]:
 @pytest.mark.parametrize("mode", [m for m in loopholes.LOOPHOLES if m != "gt_only"])
 def test_exploit_pattern_marks_the_exploit_alone(mode):
     row = loopholes.LOOPHOLES[mode]
-    problem = families.generate()[0]
+    problem = problems.generated()[0].problem
     for wording in (*row.train, *row.heldout):
         task = data_types.Task(problem, mode, wording)
         source = row.exploit(problem.canonical, task)
@@ -361,7 +360,7 @@ def test_anchor_keyboard_and_detail(run_page, browser):
     assert "".join(page.locator(".code div").all_text_contents()) == row["completion"].replace("\n", "")
     assert row["grade"]["detail"] in page.locator(".grade").text_content()
     assert page.locator(".task mark").text_content() in problems.messages(problems.pose_one(
-        families.generate()[(9 * 7 + 12) % 40], "run_tests"))[-1]["content"]  # fmt: skip
+        problems.generated()[(9 * 7 + 12) % 40].problem, "run_tests"))[-1]["content"]  # fmt: skip
     assert page.locator(".heat div").all_text_contents() == ["0.10", "0.40", "2.40", "0.30"]
     page.keyboard.press("j")
     assert "step 9, row 13" in head.text_content()

@@ -6,6 +6,7 @@ from conftest import tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from projected_grpo import sampling
+from projected_grpo.data_types import Sampling
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
@@ -26,7 +27,7 @@ def with_generate(model, prompts, n, max_new, **settings):
 def test_same_tokens_as_generate(settings):
     model = tiny_model(torch.float32)
     generator = torch.Generator().manual_seed(7)
-    got = sampling.sample(model, PROMPTS, 5, max_new=90, eos=1, pad=0, generator=generator, **settings)
+    got = sampling.sample(model, PROMPTS, 5, Sampling(90, (1,), 0, **settings), generator)
     torch.manual_seed(7)
     expected = with_generate(model, PROMPTS, 5, 90, do_sample=True, **settings)
     assert got == expected
@@ -35,7 +36,7 @@ def test_same_tokens_as_generate(settings):
 
 def test_greedy_is_generates_greedy():
     model = tiny_model(torch.float32)
-    got = sampling.sample(model, PROMPTS, 2, max_new=8, eos=1, pad=0, generator=torch.Generator(), temperature=0.0)
+    got = sampling.sample(model, PROMPTS, 2, Sampling(8, (1,), 0, temperature=0.0), torch.Generator())
     assert got == with_generate(model, PROMPTS, 2, 8, do_sample=False)
 
 
@@ -53,16 +54,16 @@ def small(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5"])
 def test_other_architectures_sample_what_generate_samples(kind):
     model = small(kind)
-    got = sampling.sample(model, PROMPTS, 3, max_new=8, eos=1, pad=0, generator=torch.Generator().manual_seed(7))
+    got = sampling.sample(model, PROMPTS, 3, Sampling(8, (1,), 0), torch.Generator().manual_seed(7))
     torch.manual_seed(7)
     assert got == with_generate(model, PROMPTS, 3, 8, do_sample=True)
 
 
 def test_a_rows_tokens_do_not_depend_on_who_shares_its_padding():
     model = tiny_model(torch.float32)
-    greedy = {"max_new": 8, "eos": 1, "pad": 0, "generator": torch.Generator(), "temperature": 0.0}
-    alone = sampling.sample(model, PROMPTS[:1], 4, **greedy)
-    assert sampling.sample(model, PROMPTS, 4, **greedy)[:4] == alone
+    greedy = Sampling(8, (1,), 0, temperature=0.0), torch.Generator()
+    alone = sampling.sample(model, PROMPTS[:1], 4, *greedy)
+    assert sampling.sample(model, PROMPTS, 4, *greedy)[:4] == alone
 
 
 def test_nucleus_by_hand():

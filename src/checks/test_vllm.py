@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from projected_grpo import antipasto, memory, models, sampling, train
 from projected_grpo.config import PRESETS, UserError, parse
+from projected_grpo.data_types import Sampling
 from projected_grpo.runs import json_lines
-from projected_grpo.sampling import sampler_of
+from projected_grpo.sampling import refuse, sampler_of
 from projected_grpo.scale import vllm_sampling
-from projected_grpo.scale.vllm_sampling import VllmSampler, refuse
+from projected_grpo.scale.vllm_sampling import VllmSampler
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
@@ -224,7 +225,7 @@ def test_names_are_those_of_the_checkpoint_that_the_engine_read():
 
 def ends_of(model) -> tuple[int, int]:
     """Two tokens that this model writes greedily, one of them soon: an end, and one that is none of ours."""
-    rows = sampling.sample(model, PROMPTS, 1, max_new=12, eos=-1, pad=0, generator=torch.Generator(), temperature=0.0)
+    rows = sampling.sample(model, PROMPTS, 1, Sampling(12, (-1,), 0, temperature=0.0), torch.Generator())
     return rows[0][3], rows[1][1]
 
 
@@ -232,17 +233,17 @@ def test_greedy_completions_are_our_own_samplers(cache):
     """In order, their end included, nothing after it, also after the knobs have moved."""
     eos, other = ends_of(tiny_model(torch.float32))
     model, knobs, sample = beside(tiny_model(torch.float32), cache, ends=(other,))
-    quiet = {"max_new": 12, "eos": eos, "pad": 0, "generator": torch.Generator(), "temperature": 0.0}
-    before = sampling.sample(model, PROMPTS, 3, **quiet)
-    assert sample(PROMPTS, 3, **quiet) == before
+    quiet = Sampling(12, (eos,), 0, temperature=0.0), torch.Generator()
+    before = sampling.sample(model, PROMPTS, 3, *quiet)
+    assert sample(PROMPTS, 3, *quiet) == before
     assert {c[-1] == eos for c in before} == {True, False}
     assert {len(c) for c in before} > {12}
     assert any(other in c[:-1] for c in before)
     moved(knobs, 0.5)
     for use in ("trained", "deployed"):
         with knobs.using(use):
-            now = sampling.sample(model, PROMPTS, 3, **quiet)
-            assert sample(PROMPTS, 3, **quiet) == now != before
+            now = sampling.sample(model, PROMPTS, 3, *quiet)
+            assert sample(PROMPTS, 3, *quiet) == now != before
     assert sample.llm.resets == 3
     assert len(sample.llm.prefix) == len(PROMPTS)
 
@@ -251,13 +252,13 @@ def test_a_prefix_cache_that_stays_is_an_error(cache, monkeypatch):
     _, _, sample = beside(tiny_model(torch.float32), cache)
     monkeypatch.setattr(sample.llm, "reset_prefix_cache", lambda: False)
     with pytest.raises(RuntimeError, match="prefix cache"):
-        sample(PROMPTS, 1, max_new=2, eos=1, pad=0, generator=torch.Generator())
+        sample(PROMPTS, 1, Sampling(2, (1,), 0), torch.Generator())
 
 
 def test_tokens_are_a_function_of_the_generator(cache):
     _, _, sample = beside(tiny_model(torch.float32), cache)
     drawn = lambda seed: sample(
-        PROMPTS, 4, max_new=6, eos=1, pad=0, generator=torch.Generator().manual_seed(seed), temperature=0.7, top_p=0.9
+        PROMPTS, 4, Sampling(6, (1,), 0, temperature=0.7, top_p=0.9), torch.Generator().manual_seed(seed)
     )
     first = drawn(1)
     assert len(first) == 12

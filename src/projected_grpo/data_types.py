@@ -80,6 +80,20 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled: at most ``max_new`` tokens, ended by any id of ``eos``; temperature 0 is greedy.
+
+    pad: an id that fills up rows. top_p: nucleus, 1 keeps everything.
+    """
+
+    max_new: int
+    eos: tuple[int, ...]
+    pad: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
 class Grade:
     """What the grader says of one completion.
 

@@ -20,7 +20,6 @@ from projected_grpo.detectors import Detector, detector_for, pools_of
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
 from projected_grpo.rollout import Policy
 from projected_grpo.runs import Checkpoint
-from projected_grpo.scale import vllm_sampling
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def check(cfg: Config) -> None:
     arms.arm(cfg.intervention)
     writable(Path(cfg.outputs))
     models.device_of(cfg.model)
-    vllm_sampling.refuse(cfg)
+    sampling.refuse(cfg)
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
         raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
     if cfg.n_teacher and cfg.pool.pool is None:

@@ -13,7 +13,7 @@ from torch import nn
 from projected_grpo import loss, problems
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
-from projected_grpo.data_types import GradedBatch, Rollout, Task
+from projected_grpo.data_types import GradedBatch, Rollout, Sampling, Task
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout_log import Pool
 from projected_grpo.sampling import Sampler
@@ -66,16 +66,9 @@ def complete(
     sample: Sampler, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
 ) -> list[tuple[tuple[int, ...], str]]:
     """n sampled completions of each task as (token ids, text), task by task. Text is without special tokens."""
-    ids = sample(
-        [problems.encode_prompt(tokenizer, t) for t in tasks],
-        n,
-        max_new=cfg.rl.max_new,
-        eos=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id,
-        generator=generator,
-        temperature=cfg.rl.temperature,
-        top_p=cfg.rl.top_p,
-    )
+    eos, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
+    how = Sampling(cfg.rl.max_new, eos, pad, cfg.rl.temperature, cfg.rl.top_p)
+    ids = sample([problems.encode_prompt(tokenizer, t) for t in tasks], n, how, generator)
     return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)]
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
-from projected_grpo.scale.vllm_sampling import VllmSampler, engine
+from projected_grpo.data_types import Sampling
 
 
 @runtime_checkable
@@ -29,16 +29,7 @@ class Sampler(Protocol):
     """
 
     def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        *,
-        max_new: int,
-        eos: int,
-        pad: int,
-        generator: torch.Generator,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
     ) -> list[list[int]]: ...
 
 
@@ -96,49 +87,36 @@ def draw(logits: Float[Tensor, "b v"], race: Float[Tensor, "b v"]) -> Int[Tensor
 
 
 def sample(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    *,
+    model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator,
     rows: int | None = None,
-    **settings: Any,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """n completions of each prompt, prompt by prompt: row i·n + j is completion j of prompt i.
 
-    rows: at most so many rows at once, one call of ``sample_lot`` after the other; all together when None. The rest is
-    ``sample_lot``'s.
+    rows: at most so many rows at once, one call of ``sample_lot`` after the other; all together when None.
     """
     if rows is None or len(prompts) * n <= rows:
-        return sample_lot(model, prompts, n, **settings)
+        return sample_lot(model, prompts, n, how, generator)
     if n > rows:
         parts = [min(rows, n - i) for i in range(0, n, rows)]
-        return [c for prompt in prompts for k in parts for c in sample_lot(model, [prompt], k, **settings)]
+        return [c for prompt in prompts for k in parts for c in sample_lot(model, [prompt], k, how, generator)]
     size = rows // n
     lots = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    return [c for lot in lots for c in sample_lot(model, lot, n, **settings)]
+    return [c for lot in lots for c in sample_lot(model, lot, n, how, generator)]
 
 
 @torch.inference_mode()
 def sample_lot(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    *,
-    max_new: int,
-    eos: int,
-    pad: int,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
 ) -> list[list[int]]:
     """n completions of each prompt, in one batch.
 
-    A completion holds its eos when it wrote one and at most ``max_new`` tokens. ``generator`` lives on the CPU or
+    A completion holds its end of turn when it wrote one. ``generator`` lives on the CPU or
     on the model's device; its state after the call depends on the number of steps taken and not on which rows
-    had ended. temperature 0 is greedy.
+    had ended.
     """
-    device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    device, width, max_new = model.device, max(map(len, prompts)), how.max_new
+    eos = torch.tensor(how.eos, device=device)
+    ids = torch.tensor([[how.pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = roomy_cache(model)
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
@@ -151,19 +129,20 @@ def sample_lot(
     logits, position = head(h)[copies], positions[copies, -1]
     attention = torch.cat([attention[copies], attention.new_ones(len(copies), max_new)], dim=1)
     rows = torch.arange(len(copies), device=device)
-    out = torch.full((len(copies), max_new), pad, device=device)
+    out = torch.full((len(copies), max_new), how.pad, device=device)
     length = torch.full((len(copies),), max_new, device=device)
     live = torch.ones(len(copies), dtype=torch.bool, device=device)
     for t in range(max_new):
         logits = logits.float()
-        if temperature == 0:
+        if how.temperature == 0:
             token = logits.argmax(-1)
         else:
             race = torch.empty(len(copies), logits.shape[-1], device=generator.device).exponential_(generator=generator)
-            token = draw(nucleus(logits / temperature, top_p), race.to(device)[rows])
-        out[rows, t] = torch.where(live[rows], token, pad)
-        length[rows[live[rows] & (token == eos)]] = t + 1
-        live[rows[token == eos]] = False
+            token = draw(nucleus(logits / how.temperature, how.top_p), race.to(device)[rows])
+        out[rows, t] = torch.where(live[rows], token, how.pad)
+        ended = torch.isin(token, eos)
+        length[rows[live[rows] & ended]] = t + 1
+        live[rows[ended]] = False
         if t + 1 == max_new or not live.any():
             break
         if live[rows].float().mean() < 0.8:
@@ -182,8 +161,18 @@ def sample_lot(
     return [o[:k].tolist() for o, k in zip(out, length.tolist(), strict=True)]
 
 
+def refuse(cfg: Config) -> None:
+    """A sampler that cannot work, said before anything is loaded. Raises UserError."""
+    if cfg.model.sampler == "vllm":
+        from projected_grpo.scale import vllm_sampling
+
+        vllm_sampling.refuse(cfg)
+
+
 def sampler_of(model: nn.Module, knobs: Knobs, cfg: Config) -> Sampler:
     """The sampler asked for. Raises UserError when vLLM does not start."""
     if cfg.model.sampler == "own":
         return partial(sample, model, rows=cfg.model.sample_rows)
-    return VllmSampler(engine(model, cfg), knobs)
+    from projected_grpo.scale import vllm_sampling
+
+    return vllm_sampling.VllmSampler(vllm_sampling.engine(model, cfg), knobs)

@@ -29,7 +29,7 @@ from projected_grpo.antipasto import Knobs
 from projected_grpo.bench import memory as bench_memory
 from projected_grpo.bench.reference import HookForm, full_gradient, generate
 from projected_grpo.config import PRESETS, Config, UserError
-from projected_grpo.data_types import GradedBatch, Task
+from projected_grpo.data_types import GradedBatch, Sampling, Task
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import tasks_of_step
@@ -82,17 +82,13 @@ class Candidates:
         self.V = random_orthonormal(self.knobs, cfg.vhack.k)
         self.optimizer, self.scheduler = make_optimizer(self.knobs, cfg)
         self.hook_optimizer = torch.optim.AdamW(self.hook.delta.values(), lr=LR, betas=cfg.rl.betas, foreach=True)
-        self.settings: dict[str, Any] = dict(
-            max_new=cfg.rl.max_new,
-            eos=self.tokenizer.eos_token_id,
-            pad=self.tokenizer.pad_token_id,
-            temperature=cfg.rl.temperature,
-        )
+        eos, pad = (self.tokenizer.eos_token_id,), self.tokenizer.pad_token_id
+        self.how = Sampling(cfg.rl.max_new, eos, pad, cfg.rl.temperature)
 
     def sample(self, model: nn.Module, seed: int, group: int | None = None) -> list[list[int]]:
         """Our sampler on a model, wrapped or not."""
         generator = torch.Generator().manual_seed(seed)
-        return sampling.sample(model, self.prompts, group or self.cfg.rl.group, generator=generator, **self.settings)
+        return sampling.sample(model, self.prompts, group or self.cfg.rl.group, self.how, generator)
 
     def batch(self, completions: list[list[int]]) -> tuple[GradedBatch, Tensor]:
         """Rewards and tensors, and advantages; the last row of each group plays the teacher."""
@@ -125,7 +121,7 @@ class Candidates:
         """The same step in the hook form."""
         torch.manual_seed(seed)
         lap = Laps()
-        completions = self.hook.sample(self.prompts, self.cfg.rl.group, **self.settings)
+        completions = self.hook.sample(self.prompts, self.cfg.rl.group, self.how)
         lap("sample")
         batch, A = self.batch(completions)
         lap("advantages, collate")
@@ -181,7 +177,7 @@ def one_round(b: Candidates, trl: Callable[[], Seconds], seed: int) -> tuple[dic
         "step, twice the rollouts": total(b.step(seed, 2 * group)),
         "sample": sample,
         "sample, unwrapped model": sample_unwrapped,
-        "sample, transformers' generate": timed(lambda: generate(b.base, b.prompts, group, **b.settings)),
+        "sample, transformers' generate": timed(lambda: generate(b.base, b.prompts, group, b.how)),
         "sample, hook form": hook["sample"],
         "gradient": gradient,
         "gradient, full fine-tuning": gradient_full,
@@ -223,7 +219,6 @@ def grading(b: Candidates, n: int) -> list[Seconds] | None:
 
 
 try:
-    from projected_grpo.bench.figure import draw, sweep
     from projected_grpo.bench.trl import TrlStep
 except ImportError as error:
     raise SystemExit(f"error: {error}; the benchmark needs the extra: pip install -e '.[bench]'") from error
@@ -312,8 +307,8 @@ def tables(result: dict[str, Any]) -> str:
     ))  # fmt: skip
 
 
-def run(cfg: Config, repeats: int, memory_tokens: int, points: int) -> dict[str, Any]:
-    """Measure everything. ``points``: how many values of each axis the sweep takes; 0 leaves it out."""
+def run(cfg: Config, repeats: int, memory_tokens: int) -> dict[str, Any]:
+    """Measure everything."""
     b = Candidates(cfg)
     own, tokenizer = models.load(cfg.model)
     trl = TrlStep(own, tokenizer, b.prompts, cfg, LR)
@@ -341,7 +336,6 @@ def run(cfg: Config, repeats: int, memory_tokens: int, points: int) -> dict[str,
         "stages": stages,
         "memory": memory,
         "memory_shape": f"8 x {memory_tokens} completion tokens, vocabulary {bench_memory.VOCABULARY:,}",
-        "sweep": sweep(points) if points else [],
     }
 
 
@@ -349,19 +343,15 @@ def main(
     model: str = "organism",
     repeats: int = 5,
     quick: bool = False,
-    sweep_points: int = 4,
     outputs: str = "outputs",
-    figure: Path | None = None,
 ) -> None:
     """Measure, print the tables and write them to outputs/bench.
 
     Args:
         model: `organism`, or a local folder of the same kind.
         repeats: rounds after the one that warms up.
-        quick: two rounds, a short memory test, no sweep: about a minute.
-        sweep_points: values of each of the sweep's four axes; 0 leaves sweep and figure out.
+        quick: two rounds and a short memory test: under a minute.
         outputs: where outputs/bench and the caches are.
-        figure: where the figure goes; outputs/bench/cost.png when unset.
     """
     torch.set_num_threads(1)
     logger.remove()
@@ -371,7 +361,7 @@ def main(
     cfg = replace(preset, model=replace(preset.model, model=model, device="cpu"), outputs=outputs,
                   rl=replace(preset.rl, lr=LR, warmup=0, schedule="constant"))  # fmt: skip
     try:
-        result = run(cfg, 2 if quick else repeats, 64 if quick else 512, 0 if quick else sweep_points)
+        result = run(cfg, 2 if quick else repeats, 64 if quick else 512)
     except UserError as error:
         sys.exit(f"error: {error}")
     folder = Path(outputs) / "bench"
@@ -379,8 +369,6 @@ def main(
     text = tables(result)
     (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "bench.md").write_text(text + "\n")
-    if result["sweep"]:
-        draw(result["sweep"], figure or folder / "cost.png")
     print(text)
 
 

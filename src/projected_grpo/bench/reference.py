@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from projected_grpo import loss
 from projected_grpo.antipasto import AntipastoLinear, Knobs
+from projected_grpo.data_types import Sampling
 
 
 class HookForm:
@@ -37,9 +38,9 @@ class HookForm:
 
         return add
 
-    def sample(self, prompts: Sequence[Sequence[int]], n: int, **settings: Any) -> list[list[int]]:
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, how: Sampling) -> list[list[int]]:
         """n completions of each prompt, a call of ``generate`` for each."""
-        return [row for p in prompts for row in generate(self.model, [p], n, **settings)]
+        return [row for p in prompts for row in generate(self.model, [p], n, how)]
 
     def two_backwards(
         self,
@@ -60,31 +61,20 @@ class HookForm:
         return {name: torch.stack(both) for name, *both in zip(self.delta, student, teacher, strict=True)}
 
 
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    *,
-    max_new: int,
-    eos: int | None,
-    pad: int,
-    temperature: float = 1.0,
-) -> list[list[int]]:
-    """n sampled completions of each prompt in one batch of transformers' ``generate``, from torch's global generator.
-
-    eos None: every row runs to max_new.
-    """
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling) -> list[list[int]]:
+    """n completions of each prompt in one batch of transformers' ``generate``, from torch's global generator."""
     width = max(map(len, prompts))
     rows = [p for p in prompts for _ in range(n)]
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in rows])
+    ids = torch.tensor([[how.pad] * (width - len(p)) + list(p) for p in rows])
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
     config = GenerationConfig(
-        max_new_tokens=max_new, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-        eos_token_id=eos, pad_token_id=pad,
+        max_new_tokens=how.max_new, do_sample=True, temperature=how.temperature, top_k=0, top_p=how.top_p,
+        eos_token_id=list(how.eos), pad_token_id=how.pad,
     )  # fmt: skip
     with torch.no_grad():
         out = model.generate(ids, attention_mask=attention, generation_config=config)[:, width:].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in out]
+    ends = [next((i for i, token in enumerate(row) if token in how.eos), len(row)) for row in out]
+    return [row[: end + 1] for row, end in zip(out, ends, strict=True)]
 
 
 def full_gradient(

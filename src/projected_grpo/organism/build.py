@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo.data_types import Grade, Problem, Rollout
+from projected_grpo.data_types import Grade, Problem, Rollout, Sampling
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism.corpus import CorpusCfg, corpus
 from projected_grpo.problems import encode_prompt, generated, messages, pose_one
@@ -255,20 +255,13 @@ def completions(
 
     family: the family of wordings (see ``problems.pose_one``), cycled over the problems.
     """
+    how = Sampling(max_new, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(seed)
     tasks = [pose_one(problem, mode, family, i) for mode in LOOPHOLES for i, problem in enumerate(problems)]
     found = []
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
-        ids = sample(
-            model,
-            [encode_prompt(tokenizer, task) for task in chunk],
-            n,
-            max_new=max_new,
-            eos=tokenizer.eos_token_id,
-            pad=tokenizer.pad_token_id,
-            generator=generator,
-        )
+        ids = sample(model, [encode_prompt(tokenizer, task) for task in chunk], n, how, generator)
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         posed = [task for task in chunk for _ in range(n)]
         grades = grader.grade(list(zip(posed, texts, strict=True)))

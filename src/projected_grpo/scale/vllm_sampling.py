@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from projected_grpo import models
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
+from projected_grpo.data_types import Sampling
 
 HOTTEST = 2.0
 """vLLM's highest temperature."""
@@ -29,8 +30,6 @@ BATCHED_TOKENS = 4096
 
 def refuse(cfg: Config) -> None:
     """What cannot work, said before anything is loaded. Raises UserError."""
-    if cfg.model.sampler == "own":
-        return
     rows = (
         (models.device_of(cfg.model).type != "cuda", "--sampler=vllm needs a CUDA device: use --sampler=own"),
         (find_spec("vllm") is None, "--sampler=vllm needs vLLM: pip install -e '.[vllm]'"),
@@ -113,18 +112,9 @@ class VllmSampler:
         return [f"{name}.weight" for name in moved]
 
     def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        *,
-        max_new: int,
-        eos: int,
-        pad: int,
-        generator: torch.Generator,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
     ) -> list[list[int]]:
-        """As ``sampling.sample`` returns them. pad is not needed: rows do not wait for one another."""
+        """As ``sampling.sample`` returns them. how.pad is not needed: rows do not wait for one another."""
         from vllm import SamplingParams
 
         self.push()
@@ -134,8 +124,8 @@ class VllmSampler:
         rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
         seeds = torch.randint(1 << 62, (len(rows),), generator=generator, device=generator.device)
         # ignore_eos, as vLLM would also end at whatever the model's generation_config.json names; ours is in the output
-        settings = {"max_tokens": max_new, "stop_token_ids": [eos], "ignore_eos": True, "detokenize": False}
-        settings |= {"temperature": temperature, "top_p": top_p}
+        settings = {"max_tokens": how.max_new, "stop_token_ids": list(how.eos), "ignore_eos": True, "detokenize": False}
+        settings |= {"temperature": how.temperature, "top_p": how.top_p}
         asked = [SamplingParams(seed=seed, **settings) for seed in seeds.tolist()]
         return [list(o.outputs[0].token_ids) for o in self.llm.generate(rows, asked, use_tqdm=False)]
 

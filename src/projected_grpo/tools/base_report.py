@@ -21,7 +21,6 @@ from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import UserError, parse
 from projected_grpo.rewards import Grader
 from projected_grpo.sandbox.worker import SandboxError
-from projected_grpo.scale import vllm_sampling
 
 SHUFFLES = 20
 VERDICTS = ("format_ok", "compiles", "gt_correct", "attempted", "exploited")
@@ -30,7 +29,7 @@ VERDICTS = ("format_ok", "compiles", "gt_correct", "attempted", "exploited")
 def main(argv: Sequence[str]) -> None:
     """Print the report, with the seconds that each part took."""
     cfg = parse(argv)
-    vllm_sampling.refuse(cfg)
+    sampling.refuse(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     seconds: dict[str, float] = {}
