@@ -14,7 +14,7 @@ import pytest
 from browser import BLANK, TEXT_SIZES, chromium, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mock_learner import MODES, Plant, job, study, write_lines, write_run
+from mock_learner import MODES, Plant, job, study, write_run
 
 from projected_grpo import arms as proj
 from projected_grpo import data_types, loopholes, problems, rollout_log
@@ -35,6 +35,7 @@ GOOD = [job(arm, arm, seed) for arm in PLANTS for seed in SEEDS]
 BAD = [job("none", "none", seed) for seed in (61, 62, 63, 64, 65, 66, 67)]
 STUDY = study("planted", GOOD + BAD)
 NAMES = {(j.label, j.seed): j.name for j in STUDY.jobs}
+PROBLEMS = [g.problem for g in problems.generated()]
 LABELS = ("correct", "reward_hack", "attempted_rh", "incorrect")
 
 
@@ -63,6 +64,17 @@ def rollouts(steps: int, a_step: int) -> list[dict]:
     return [rollout(step, i, scored=i != 1) for step in range(steps) for i in range(a_step)]
 
 
+def write_rollouts(folder: Path, rows: list[dict]) -> None:
+    rollout_log.write_step(folder, 0, rows)
+    rollout_log.consolidate(folder)
+
+
+def numbered(rows: list[dict], folder: Path) -> pl.DataFrame:
+    """Rollouts as a report reads them from a run's folder."""
+    write_rollouts(folder, rows)
+    return rollout_log.frame(folder).with_columns(row=pl.int_range(pl.len()).over("step"))
+
+
 def add_meta(folder: Path, arm: str, seed: int) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     meta["argv"] = ["train.py", "organism", f"--intervention={arm}", f"--seed={seed}", "--lr=0.01", "--name", "x"]
@@ -77,18 +89,14 @@ def runs(tmp_path_factory) -> Path:
     for good in GOOD:
         folder = write_run(out, good, PLANTS[good.intervention])
         add_meta(folder, good.intervention, good.seed)
-        rows = rollouts(12, 16)
-        if good.seed == SEEDS[0]:
-            pl.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "rollouts.parquet")
-        else:
-            write_lines(folder / "rollouts.jsonl", rows)
+        write_rollouts(folder, rollouts(12, 16))
     half, older, unfinished, meta, cut, _without = (write_run(out, bad, PLANTS["none"]) for bad in BAD[:6])
     text = (half / "steps.jsonl").read_text()
     (half / "steps.jsonl").write_text(text[: len(text) // 2])
     (older / "eval_problems.jsonl").unlink()
     unfinished.rename(unfinished.with_name(unfinished.name + ".part"))
     (meta / "meta.json").write_text('{"status": "comp')
-    (cut / "rollouts.jsonl").write_text('{"step": 0, "source": "stu')
+    (cut / rollout_log.FILE).write_text("PAR1 and no more")
     return out
 
 
@@ -123,39 +131,11 @@ def unpacked(page: Path) -> dict:
     return json.loads(gzip.decompress(base64.b64decode(found[1])))
 
 
-def test_both_formats_read_the_same(tmp_path):
-    rows = rollouts(3, 16)
-    for name in ("lines", "table"):
-        (tmp_path / name).mkdir()
-    write_lines(tmp_path / "lines" / "rollouts.jsonl", rows)
-    pl.DataFrame(rows, infer_schema_length=None).write_parquet(tmp_path / "table" / "rollouts.parquet")
-    lines, table = rollout_log.read_table(tmp_path / "lines"), rollout_log.read_table(tmp_path / "table")
-    assert lines.equals(table)
-    assert lines["row"].to_list() == list(range(16)) * 3
-    assert lines["by_layer"][1] is None
-    assert lines["by_layer"][2].to_list() == pytest.approx([0.1, 0.4, 0.4, 0.3])
-    assert lines["completion"].to_list() == [r["completion"] for r in rows]
-
-
-def test_older_rollouts_lack_scores_and_broken_ones_are_named(tmp_path):
-    rows = [{k: v for k, v in r.items() if "score" not in k and k != "flagged"} for r in rollouts(2, 8)]
-    write_lines(tmp_path / "rollouts.jsonl", rows)
-    table = rollout_log.read_table(tmp_path)
-    assert table["score"].null_count() == table["by_layer"].null_count() == len(table) == 16
-    for text, told in (('{"step": 1, "so', "cannot be read"), ('{"step": 1}\n', "lack env_mode")):
-        (tmp_path / "rollouts.jsonl").write_text(text)
-        with pytest.raises(UserError, match=told):
-            rollout_log.read_table(tmp_path)
-    (tmp_path / "rollouts.jsonl").unlink()
-    with pytest.raises(UserError, match="no rollouts"):
-        rollout_log.read_table(tmp_path)
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3)), min_size=1, max_size=80), st.integers(1, 90))
 def test_sample_is_even_over_strata(rows, most):
     table = pl.DataFrame({"label": [r[0] for r in rows], "step": [r[1] for r in rows], "at": range(len(rows))})
-    found = rollout_log.sample(table, most, ("label", "step"))
+    found = report_data.sample(table, most, ("label", "step"))
     assert len(found) == min(most, len(rows))
     assert found["at"].is_sorted()
     assert found["at"].is_unique().all()
@@ -165,16 +145,18 @@ def test_sample_is_even_over_strata(rows, most):
         assert max(taken.values()) <= fewest + 1
 
 
-def test_what_is_packed_comes_out_again():
-    part = pl.DataFrame(rollouts(2, 16), infer_schema_length=None)
-    columns = {n: rollout_log.column(part.schema, *where) for n, where in rollout_log.FIELDS.items()}
-    rows = part.select(**columns).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("step"))
+def test_what_is_packed_comes_out_again(tmp_path):
+    rows = numbered(rollouts(2, 16), tmp_path)
     data = rollout_pack.columns([rollout_pack.RunRollouts("a", "arm", 1, rows, 99)], {"filter-000": "words"})
     assert json.loads(gzip.decompress(base64.b64decode(rollout_pack.packed(data)))) == data
-    for name in rollout_pack.CODED:
-        values, codes = data["coded"][name].values()
+    for name, (values, codes) in ((name, c.values()) for name, c in data["coded"].items()):
         assert len(set(values)) == len(values)
         assert [values[c] if c >= 0 else None for c in codes] == rows[name].to_list()
+    kinds = {kind: set(data[kind]) for kind in ("coded", "plain", "numbers", "flags")}
+    assert set().union(*kinds.values()) == {*rows.columns, "run", "task"} - {"name", "text", "score_by_layer"}
+    assert {"env_mode", "completion", "label"} <= kinds["coded"]
+    assert kinds["plain"] == {"run", "step", "row", "task"}
+    assert data["by_layer"][1:3] == [None, [0.1, 0.4, 0.4, 0.3]]
     assert (data["n"], data["total"]) == (32, 99)
     for i, task in enumerate(data["plain"]["task"]):
         assert rows["name"][i] in data["tasks"][task]["hint"]
@@ -208,13 +190,13 @@ def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_
     reasons = [told.pop(NAMES["none", seed]) for seed in (61, 62, 63, 64, 65, 67)]
     assert told == {}
     for reason, part in zip(
-        reasons, ("unreadable", "eval_problems", "unfinished", "meta.json", "unreadable", "not run"), strict=True
+        reasons, ("unreadable", "eval_problems", "unfinished", "meta.json", "cannot be read", "not run"), strict=True
     ):
         assert part in reason
     text = study_page.read_text()
     assert "13 of 19 runs. Left out" in text
     assert NAMES["none", 61] in text
-    assert f"Without rollouts: {NAMES['none', 66]}: no rollouts file." in text
+    assert re.search(rf"Without rollouts: \S*{NAMES['none', 66]} holds no rollouts", text)
 
 
 def test_names_that_are_no_report_are_one_line(runs):
@@ -329,7 +311,7 @@ def test_filters_change_the_list(study_page, browser):
     assert shown(page) == data["n"]
     assert "left out" in page.locator("#rollouts-told").text_content()
     for name, value, truth in (
-        ("mode", "sentinel", [m == "sentinel" for m in coded["mode"]]),
+        ("env_mode", "sentinel", [m == "sentinel" for m in coded["env_mode"]]),
         ("source", "teacher", [s == "teacher" for s in coded["source"]]),
         ("label", "reward_hack", [x == "reward_hack" for x in coded["label"]]),
         ("arm", "erase", [a == "erase" for a in arms]),
@@ -394,13 +376,11 @@ def test_page_marks_the_lines_that_python_marks(run_page, browser):
 
 
 def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
-    few = pl.DataFrame(rollouts(2, 50), infer_schema_length=None)
-    columns = {n: rollout_log.column(few.schema, *where) for n, where in rollout_log.FIELDS.items()}
-    rows = pl.concat([few.select(**columns)] * 500).with_columns(
-        step=pl.int_range(50_000, dtype=pl.Int32) // 250,
+    rows = pl.concat([numbered(rollouts(2, 50), tmp_path)] * 500).with_columns(
+        step=pl.int_range(50_000) // 250,
         completion=pl.col("completion") + pl.int_range(50_000).cast(pl.String),  # none is like another
     )
-    rows = rows.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("step"))
+    rows = rows.with_columns(row=pl.int_range(pl.len()).over("step"))
     data = rollout_pack.columns([rollout_pack.RunRollouts("big", "none", 1, rows, 50_000)], {})
     path = tmp_path / "big.html"
     report_html.write(report_page.browser_page("big", rollout_pack.packed(data)), path)
@@ -416,7 +396,7 @@ def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
         document.getElementById("list").getBoundingClientRect();
         return performance.now() - start;
       };
-      const asked = { mode: "1", label: "0", from: "150", contains: "4999", flagged: "1" };
+      const asked = { env_mode: "1", label: "0", from: "150", contains: "4999", flagged: "1" };
       for (const [name, value] of Object.entries(asked)) {
         best[name] = Infinity;
         for (let k = 0; k < 5; k++) { best[name] = Math.min(best[name], change(name, value)); change(name, ""); }

@@ -307,7 +307,8 @@ def test_the_readme_loads_rollouts_with_datasets(runs, tmp_path, monkeypatch):
     assert [dict(row) for row in names["rollouts"]] == list(rollout_log.rows(runs / "whole"))
     expected = [r for r in rollout_log.rows(runs / "whole") if r["grade"]["channel"] and not r["grade"]["gt_correct"]]
     assert [dict(row) for row in names["hacks"]] == expected
-    assert rollout_log.frame(runs / "whole").to_dicts() == list(rollout_log.rows(runs / "whole"))
+    flat = [row | row.pop("wording") | row.pop("grade") for row in rollout_log.rows(runs / "whole")]
+    assert rollout_log.frame(runs / "whole").to_dicts() == flat
 
 
 def test_writing_rollouts_costs_under_three_percent_of_a_step(runs, tmp_path):
@@ -320,15 +321,3 @@ def test_writing_rollouts_costs_under_three_percent_of_a_step(runs, tmp_path):
         rollout_log.write_step(tmp_path, step, rows)
         cost.append(time.process_time() - start)
     assert min(cost) < 0.03 * shortest
-
-
-def test_old_runs_are_read_and_columns_are_held_to_the_schema(tmp_path):
-    old = {"step": 0, "source": "student", "A": 0.5, "completion": "é\n", "grade": {"reward": 1.0, "format_ok": True}}
-    (tmp_path / rollout_log.OLD).write_text(json.dumps(old) + "\n")
-    assert list(rollout_log.rows(tmp_path)) == [old]
-    row = rollout_log.frame(tmp_path).to_dicts()[0]
-    assert (row["completion"], row["flagged"], row["grade"]["label"], row["A"]) == ("é\n", None, None, 0.5)
-    with pytest.raises(KeyError, match="surplus"):
-        rollout_log.write_step(tmp_path, 0, [dict.fromkeys([*rollout_log.SCHEMA.names, "surplus"])])
-    with pytest.raises(UserError, match="no rollouts"):
-        list(rollout_log.rows(tmp_path / "nothing"))

@@ -181,7 +181,7 @@ SPOILED = {
     "older": (lambda f: (f / "eval_problems.jsonl").unlink(), "no eval_problems.jsonl"),
     "another column": (lambda f: spoil(f, "steps.jsonl", lambda t: t.replace("cin_null", "null")), "lacks 'cin_null'"),
     "another arm": (lambda f: spoil(f, "meta.json", lambda t: t.replace('"none"', '"erase"')), "is arm erase"),
-    "not a table": (lambda f: (f / "rollouts.parquet").write_text("PAR1"), "unreadable"),
+    "not a table": (lambda f: (f / "rollouts.parquet").write_text("PAR1"), "cannot be read"),
     "strings": (lambda f: spoil(f, "evals.jsonl", lambda t: "[1]\n"), "unreadable: TypeError"),
 }
 
@@ -221,13 +221,14 @@ def test_a_summary_is_not_lost_where_the_runs_are_not(world, tmp_path):
 def test_a_run_without_a_detector_or_later_columns_is_still_used(tmp_path):
     run = job("none", "none", 41)
     folder = write_run(tmp_path, run, PLANTS["drop"][1])
-    rows = pl.read_parquet(folder / "rollouts.parquet").drop("score_random", "flagged")
-    rows.write_ndjson(folder / "rollouts.jsonl")
-    (folder / "rollouts.parquet").unlink()
+    rows = pl.read_parquet(folder / "rollouts.parquet")
+    rows.with_columns(pl.lit(None, pl.Float64).alias("score_random")).write_parquet(folder / "rollouts.parquet")
     spoil(folder, "steps.jsonl", lambda t: t.replace('"withheld": 0.1, ', ""))
     found = summaries.summarise(study("s", [run]), tmp_path)
     assert not found.missing
     assert set(found.tables["detector"]["score"]) == {"own"}
+    rows.drop("flagged").write_parquet(folder / "rollouts.parquet")
+    assert "flagged" in summaries.summarise(study("s", [run]), tmp_path).missing[run.name]
     assert found.tables["steps"]["withheld"].null_count() == 60
     assert "| none" in tables.render([Analysis(found)])
 

@@ -1,7 +1,9 @@
-"""A run's rollouts on disk: a small parquet file a step while it runs, one ``rollouts.parquet`` when it is complete.
+"""Rollouts on disk, of a run or of a teacher pool: one schema, and one reader for both.
 
-Every file has all of ``SCHEMA``, so that a column which is empty in one step (no gradient, no gate) is no puzzle to
-polars or Hugging Face datasets. Runs from before there was parquet hold ``rollouts.jsonl``, which is read as well.
+A run writes a small parquet file a step while it goes on, and one ``rollouts.parquet`` when it is complete. A pool is a
+folder of prompt_NNNN.jsonl.gz files, one a task, with the columns of ``POOL``. Every parquet file has all of
+``SCHEMA``, so that a column which is empty in one step (no gradient, no gate) is no puzzle to polars or Hugging Face
+datasets.
 """
 
 import gzip
@@ -10,6 +12,7 @@ import os
 import random
 import shutil
 import typing
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +25,10 @@ import pyarrow.parquet as pq
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Grade, Rollout, Task, Wording
 
-FILE, PARTS, OLD = "rollouts.parquet", "rollouts.part", "rollouts.jsonl"
+FILE, PARTS = "rollouts.parquet", "rollouts.part"
 GROUP = 4096
 """Rows of a row group."""
+Row = dict[str, Any]
 
 
 def struct_of(carrier: type) -> pa.StructType:
@@ -56,6 +60,32 @@ SCHEMA = pa.schema(
     }
 )
 """The columns of ``metrics.rollout_rows``."""
+POOL = ("problem_id", "env_mode", "wording", "completion", "grade")
+"""Those that a rollout has wherever it came from: a pool's."""
+FLAT: dict[str, pl.Expr] = {
+    name: expr
+    for column in SCHEMA
+    for name, expr in (
+        {inner.name: pl.col(column.name).struct.field(inner.name) for inner in column.type}
+        if pa.types.is_struct(column.type)
+        else {column.name: pl.col(column.name)}
+    ).items()
+}
+"""The columns of ``frame``: those of ``SCHEMA``, the fields of wording and grade each a column of its own name."""
+
+
+def row_of(task: Task, completion: str, grade: Grade) -> Row:
+    """The columns ``POOL`` of a rollout."""
+    return {
+        "problem_id": task.problem.id,
+        "env_mode": task.mode,
+        "wording": asdict(task.wording),
+        "completion": completion,
+        "grade": asdict(grade),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- a run writes them
 
 
 def write_step(run: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -108,119 +138,70 @@ def drop_parts(run: Path) -> None:
     shutil.rmtree(run / PARTS, ignore_errors=True)
 
 
-def rows(run: Path) -> Iterator[dict[str, Any]]:
-    """All rollouts of a run, whether it is complete, going on, broken or of the old format, in the order of sampling.
+# ------------------------------------------------------------------------------------------------------------- reading
 
-    Raises UserError when the folder holds none.
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that hold a folder's rollouts: of a run that is complete, goes on or broke off, or of a pool.
+
+    Raises UserError when there are none.
     """
-    if not (run / FILE).exists() and (run / OLD).exists():
-        with (run / OLD).open() as lines:
-            yield from map(json.loads, lines)
-        return
-    paths = [run / FILE] if (run / FILE).exists() else step_files(run)
-    if not paths:
-        raise UserError(f"{run} holds no rollouts: name a run's folder, for example outputs/runs/NAME")
-    for path in paths:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+    found = [folder / FILE] if (folder / FILE).exists() else step_files(folder) or sorted(folder.glob("prompt_*.gz"))
+    if not found:
+        raise UserError(f"{folder} holds no rollouts: name a run's folder (outputs/runs/NAME) or a pool's")
+    return found
 
 
-def frame(run: Path) -> pl.DataFrame:
-    """The same as a table with the columns of ``SCHEMA``; what an old run did not log is null."""
-    if (run / FILE).exists():
-        return pl.read_parquet(run / FILE)
-    return pl.DataFrame(pl.from_arrow(pa.Table.from_pylist(list(rows(run)), schema=SCHEMA)))
+def rows(folder: Path) -> Iterator[Row]:
+    """A folder's rollouts in the order of sampling, each with the columns of ``SCHEMA``; None in what a pool lacks.
 
-
-I, F, S, B = pl.Int32, pl.Float32, pl.String, pl.Boolean
-FIELDS: dict[str, tuple[tuple[str, ...], pl.DataType | type[pl.DataType]]] = {
-    "step": (("step",), I),
-    "source": (("source",), S),
-    "mode": (("env_mode",), S),
-    "problem": (("problem_id",), S),
-    "name": (("wording", "name"), S),
-    "text": (("wording", "text"), S),
-    "completion": (("completion",), S),
-    "label": (("grade", "label"), S),
-    "status": (("grade", "status"), S),
-    "detail": (("grade", "detail"), S),
-    "reward": (("grade", "reward"), F),
-    "compiles": (("grade", "compiles"), B),
-    "format_ok": (("grade", "format_ok"), B),
-    "gt_correct": (("grade", "gt_correct"), B),
-    "channel": (("grade", "channel"), B),
-    "attempted": (("grade", "attempted"), B),
-    "type_mismatch": (("grade", "type_mismatch"), B),
-    "vacuous_tests": (("grade", "vacuous_tests"), B),
-    "rejects_canonical": (("grade", "rejects_canonical"), B),
-    "A": (("A",), F),
-    "kept": (("kept",), F),
-    "score": (("score",), F),
-    "score_random": (("score_random",), F),
-    "by_layer": (("score_by_layer",), pl.List(F)),
-    "flagged": (("flagged",), B),
-}
-"""Column -> where it stands in a written rollout, and its type. What a run lacks is null."""
-NEEDED = ("step", "mode", "completion", "label")
-
-
-def column(schema: pl.Schema, path: tuple[str, ...], dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
-    """The value at a path, or null where the file has no such field."""
-    inner, expr = schema.get(path[0]), pl.col(path[0])
-    for name in path[1:]:
-        fields = {f.name: f.dtype for f in inner.fields} if isinstance(inner, pl.Struct) else {}
-        inner, expr = fields.get(name), expr.struct.field(name)
-    return pl.lit(None, dtype=dtype) if inner is None or inner == pl.Null else expr.cast(dtype)
-
-
-def read_table(folder: Path) -> pl.DataFrame:
-    """All rollouts of a run, in the order written, as ``FIELDS`` and ``row`` (the number within its step).
-
-    Raises UserError when there are none, or when the file is half written or of a version that lacks what is NEEDED.
+    Raises UserError when there are none, or naming the file that cannot be read.
     """
-    parquet, lines = folder / "rollouts.parquet", folder / "rollouts.jsonl"
+    for path in files_of(folder):
+        try:
+            if path.suffix == ".gz":
+                yield from _pool_rows(path)
+            else:
+                for batch in pq.ParquetFile(path).iter_batches():
+                    yield from batch.to_pylist()
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _pool_rows(path: Path) -> Iterator[Row]:
+    with gzip.open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                Grade(**row["grade"]), Wording(**row["wording"])
+                yield dict.fromkeys(SCHEMA.names) | {name: row[name] for name in POOL}
+            except (ValueError, KeyError, TypeError) as error:
+                why = f"no {error}" if isinstance(error, KeyError) else str(error)
+                raise UserError(f"{path}:{number}: {why}; `just convert-pool` reads pools that others wrote") from error
+
+
+def frame(folder: Path, columns: Sequence[str] = tuple(FLAT)) -> pl.DataFrame:
+    """The same as a flat table, of the columns asked for.
+
+    Raises UserError also when the files are of a version that lacks one.
+    """
+    paths = files_of(folder)
+    if paths[0].suffix == ".gz":
+        found = pl.LazyFrame(pl.from_arrow(pa.Table.from_pylist(list(rows(folder)), schema=SCHEMA)))
+    else:
+        found = pl.scan_parquet(paths)
     try:
-        found = pl.read_parquet(parquet) if parquet.exists() else pl.read_ndjson(lines, infer_schema_length=None)
-        columns = {name: column(found.schema, *where) for name, where in FIELDS.items()}
-        table = found.select(**columns)
+        return found.select(**{name: FLAT[name] for name in columns}).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
-        reason = "no rollouts file" if isinstance(error, FileNotFoundError) else "rollouts cannot be read"
-        raise UserError(f"{folder.name}: {reason}") from None
-    for name in NEEDED:
-        if table[name].null_count() == len(table):
-            raise UserError(f"{folder.name}: its rollouts lack {'.'.join(FIELDS[name][0])}")
-    return table.with_columns(row=pl.int_range(pl.len(), dtype=I).over("step"))
+        raise UserError(f"{folder}: its rollouts cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def sample(table: pl.DataFrame, most: int, by: tuple[str, ...] = ("label", "mode", "step")) -> pl.DataFrame:
-    """At most ``most`` rows, in order, as evenly over the strata as they allow: a row of each, then a second, …
-
-    Which rows of a stratum are taken is random with a fixed seed.
-    """
-    if len(table) <= most:
-        return table
-    shuffled = table.with_row_index("_at").sample(fraction=1, shuffle=True, seed=0)
-    ranked = shuffled.with_columns(_rank=pl.int_range(pl.len()).over(by))
-    return ranked.sort("_rank", maintain_order=True).head(most).sort("_at").drop("_at", "_rank")
-
-
-Row = dict[str, Any]
-
-
-def row_of(task: Task, completion: str, grade: Grade) -> Row:
-    """One rollout as it stands in a pool or in a run's log."""
-    return {
-        "problem_id": task.problem.id,
-        "env_mode": task.mode,
-        "wording": asdict(task.wording),
-        "completion": completion,
-        "grade": asdict(grade),
-    }
+# --------------------------------------------------------------------------------------------------------------- pools
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows by (problem id, mode)."""
+    """A teacher's rollouts, their grades frozen: rows by (problem id, mode)."""
 
     rows: dict[tuple[str, str], list[Row]]
 
@@ -249,45 +230,30 @@ class Pool:
         ]
 
 
+def by_task(found: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by (problem id, mode)."""
+    tasks: dict[tuple[str, str], list[Row]] = {}
+    for row in found:
+        tasks.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
+    return tasks
+
+
 def read_pool(folder: Path) -> Pool:
     """All rows of a pool. Raises UserError when the folder holds none."""
-    paths = sorted(Path(folder).glob("prompt_*.jsonl.gz"))
-    if not paths:
+    if not any(folder.glob("prompt_*.gz")):
         raise UserError(f"no teacher pool in {folder}: run `just build-pool`, or set --mix-ratio=0")
-    pool = Pool({})
-    for path in paths:
-        with gzip.open(path, "rt") as lines:
-            for row in map(json.loads, lines):
-                pool.rows.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
-    return pool
+    return Pool(by_task(rows(folder)))
 
 
-def write_pool(rows: Iterable[Row], folder: Path) -> int:
-    """Write rows, a file a task; the number of files. An existing pool there is replaced file by file."""
-    by_task: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        by_task.setdefault((row["problem_id"], row["env_mode"]), []).append(row)
+def write_pool(found: Iterable[Row], folder: Path) -> int:
+    """Write the columns ``POOL`` of rows, a file a task; the number of files. A pool that is there is replaced file by
+    file.
+    """
+    tasks = by_task(found)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, key in enumerate(sorted(by_task)):
+    for number, key in enumerate(sorted(tasks)):
+        lines = "".join(json.dumps({name: row[name] for name in POOL}) + "\n" for row in tasks[key])
         part = folder / f"prompt_{number:04d}.part"
-        part.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in by_task[key]).encode(), mtime=0))
+        part.write_bytes(gzip.compress(lines.encode(), mtime=0))
         part.replace(folder / f"prompt_{number:04d}.jsonl.gz")
-    return len(by_task)
-
-
-def scored_rollouts(folder: Path) -> pl.DataFrame | None:
-    """step, mode, channel, score, score_random, flagged of the student rollouts with a score; None without scores."""
-    parquet, lines = folder / "rollouts.parquet", folder / "rollouts.jsonl"
-    if parquet.exists():
-        found = pl.scan_parquet(parquet)
-    elif lines.exists():
-        found = pl.scan_ndjson(lines, infer_schema_length=None)
-    else:
-        return None
-    columns = found.collect_schema().names()
-    if "score" not in columns:
-        return None
-    wanted = {c: pl.col(c) if c in columns else pl.lit(None) for c in ("step", "score", "score_random", "flagged")}
-    channel = pl.col("grade").struct.field("channel")
-    students = found.filter((pl.col("source") == "student") & pl.col("score").is_not_null())
-    return students.select(**wanted, mode="env_mode", channel=channel).collect()
+    return len(tasks)

@@ -20,19 +20,12 @@ from projected_grpo.studies.analysis import Analysis
 from projected_grpo.studies.run import STUDIES, Job, Study
 from projected_grpo.studies.summaries import Row, Unusable
 
-CODED = ("source", "mode", "problem", "completion", "label", "status", "detail")
-PLAIN = ("run", "step", "row", "task")
-NUMBERS = ("reward", "A", "kept", "score", "score_random")
-FLAGS = (
-    "compiles", "format_ok", "gt_correct", "channel", "attempted", "type_mismatch", "vacuous_tests",
-    "rejects_canonical", "flagged",
-)  # fmt: skip
 DIGITS = 3
 
 
 @dataclass(frozen=True)
 class RunRollouts:
-    """Rollouts of a run as ``rollout_table.read`` gives them, and of how many they were sampled."""
+    """Rollouts of a run, as ``rollout_log.frame`` has them and numbered within their step (row); of how many."""
 
     run: str
     arm: str
@@ -73,27 +66,24 @@ def coded(values: pl.Series) -> dict[str, Any]:
 
 def columns(parts: Sequence[RunRollouts], statements: Mapping[str, str]) -> dict[str, Any]:
     """The browser's data. statements: problem id -> its statement, with the sentence that a hint replaces."""
-    table = pl.concat([p.rows.with_columns(run=pl.lit(i, dtype=pl.Int32)) for i, p in enumerate(parts)])
-    keys = table.select("mode", "name", "text").fill_null("").unique(maintain_order=True)
-    numbered = keys.with_columns(task=pl.int_range(pl.len(), dtype=pl.Int32))
-    table = table.with_columns(pl.col("mode", "name", "text").fill_null("")).join(
-        numbered, on=["mode", "name", "text"], how="left", maintain_order="left"
-    )
-    problems = coded(table["problem"])
+    told = ["env_mode", "name", "text"]
+    table = pl.concat([p.rows.with_columns(pl.col(told).fill_null(""), run=i) for i, p in enumerate(parts)])
+    keys = table.select(told).unique(maintain_order=True).with_columns(task=pl.int_range(pl.len()))
+    table = table.join(keys, on=told, how="left", maintain_order="left").drop("name", "text")
+    of = lambda *types: [name for name, dtype in table.schema.items() if dtype in types]
+    words = {name: coded(table[name]) for name in of(pl.String)}
     return {
         "n": len(table),
         "total": sum(p.total for p in parts),
         "runs": [{"run": p.run, "arm": p.arm, "seed": p.seed, "total": p.total} for p in parts],
-        "tasks": task_rows(keys.rows()),
+        "tasks": task_rows(keys.select(told).rows()),
         "sentence": loopholes.TESTS_SENTENCE,
-        "statements": [statements.get(p) for p in problems["values"]],
-        "coded": {name: coded(table[name]) for name in CODED},
-        "plain": {name: table[name].to_list() for name in PLAIN},
-        "numbers": {name: table[name].cast(pl.Float64).round(DIGITS).to_list() for name in NUMBERS},
-        "flags": {name: table[name].cast(pl.Int8).to_list() for name in FLAGS},
-        "by_layer": [
-            None if v is None else [round(x, DIGITS) for x in v] for v in table["by_layer"].cast(pl.List(pl.Float64))
-        ],
+        "statements": [statements.get(p) for p in words["problem_id"]["values"]],
+        "coded": words,
+        "plain": {name: table[name].to_list() for name in of(pl.Int32, pl.Int64)},
+        "numbers": {name: table[name].round(DIGITS).to_list() for name in of(pl.Float64)},
+        "flags": {name: table[name].cast(pl.Int8).to_list() for name in of(pl.Boolean)},
+        "by_layer": [None if v is None else [round(x, DIGITS) for x in v] for v in table["score_by_layer"]],
     }
 
 
@@ -199,16 +189,28 @@ def statements_of(metas: Sequence[Row]) -> dict[str, str]:
     return out
 
 
+def sample(table: pl.DataFrame, most: int, by: tuple[str, ...] = ("label", "env_mode", "step")) -> pl.DataFrame:
+    """At most ``most`` rows, in order, as evenly over the strata as they allow: a row of each, then a second, …
+
+    Which rows of a stratum are taken is random with a fixed seed.
+    """
+    if len(table) <= most:
+        return table
+    shuffled = table.with_row_index("_at").sample(fraction=1, shuffle=True, seed=0)
+    ranked = shuffled.with_columns(_rank=pl.int_range(pl.len()).over(by))
+    return ranked.sort("_rank", maintain_order=True).head(most).sort("_at").drop("_at", "_rank")
+
+
 def rollouts_of(a: Analysis, runs: Path, most: int | None) -> tuple[list[RunRollouts], list[str]]:
     """Each run's rollouts, sampled to its share of ``most``; and, in words, the runs whose rollouts cannot be read."""
     table, out, notes = a.summary.tables["runs"], [], []
     for run, label, seed in table.select("run", "label", "seed").rows():
         try:
-            rows = rollout_log.read_table(runs / run)
+            rows = rollout_log.frame(runs / run).with_columns(row=pl.int_range(pl.len()).over("step"))
         except UserError as why:
             notes.append(f"Without rollouts: {why}.")
             continue
-        kept = rows if most is None else rollout_log.sample(rows, most // len(table))
+        kept = rows if most is None else sample(rows, most // len(table))
         out.append(RunRollouts(run, label, seed, kept, len(rows)))
     return out, notes
 

@@ -13,9 +13,8 @@ import polars as pl
 import tyro
 from loguru import logger
 
-from projected_grpo import arms
+from projected_grpo import arms, rollout_log
 from projected_grpo.config import UserError, choose
-from projected_grpo.rollout_log import scored_rollouts
 from projected_grpo.runs import json_lines
 from projected_grpo.studies import stats
 from projected_grpo.studies.run import STUDIES, Job, Study
@@ -129,15 +128,18 @@ def ends(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["step"] in kept and r["knobs"] == "deployed"]
 
 
-def detector_rows(rollouts: pl.DataFrame | None) -> list[Row]:
-    """Detector quality by phase and mode ("all" pools the modes), of the score and of score_random."""
-    if rollouts is None or rollouts.is_empty():
+SCORED = ("step", "source", "env_mode", "channel", "score", "score_random", "flagged")
+
+
+def detector_rows(run: Path) -> list[Row]:
+    """Detector quality on student rollouts by phase and mode ("all" pools the modes), of score and of score_random."""
+    if not (run / rollout_log.FILE).exists():
         return []
-    rows = []
+    rollouts, rows = rollout_log.frame(run, SCORED).filter(source="student").drop_nulls("score"), []
     for phase, (start, stop) in PHASES.items():
         in_phase = rollouts.filter(pl.col("step").is_between(start, stop, closed="left"))
-        for mode in ["all", *sorted(in_phase["mode"].unique())]:
-            chosen = in_phase if mode == "all" else in_phase.filter(pl.col("mode") == mode)
+        for mode in ["all", *sorted(in_phase["env_mode"].unique())]:
+            chosen = in_phase if mode == "all" else in_phase.filter(pl.col("env_mode") == mode)
             for score, flags in (("own", "flagged"), ("random", None)):
                 column = {"own": "score", "random": "score_random"}[score]
                 part = chosen.drop_nulls(column)
@@ -163,10 +165,12 @@ def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
                 {c: row[c] for c in SCHEMAS["problems"] if c != "run"} for row in ends(files["eval_problems"])
             ],
             "relearn": [{c: row[c] for c in SCHEMAS["relearn"] if c != "run"} for row in files["relearn"]],
-            "detector": detector_rows(scored_rollouts(folder)),
+            "detector": detector_rows(folder),
         }
     except Unusable:
         raise
+    except UserError as error:
+        raise Unusable(str(error)) from None
     except KeyError as error:
         raise Unusable(f"lacks {error}: made by another version") from None
     except (OSError, ValueError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:

@@ -1,10 +1,8 @@
 """Teacher pools: a folder of prompt_NNNN.jsonl.gz files, one a task, of graded rollouts whose grades are frozen.
 
-    python -m projected_grpo.tools.build_pool <preset> [--overrides]   from templates (canonical, wrong and exploiting)
-    python -m projected_grpo.tools.build_pool <preset> --first=N         the same, of the first N tasks only
-    python -m projected_grpo.tools.build_pool <preset> --from-run=RUN    from the rollouts of a finished run
-
-A row: problem_id, env_mode, wording, completion, source, and the grade's fields.
+python -m projected_grpo.tools.build_pool <preset> [--overrides]   from templates (canonical, wrong and exploiting)
+python -m projected_grpo.tools.build_pool <preset> --first=N         the same, of the first N tasks only
+python -m projected_grpo.tools.build_pool <preset> --from-run=RUN    from the rollouts of a finished run
 """
 
 import sys
@@ -62,8 +60,7 @@ def from_templates(tasks: Sequence[Task], grader: Grader) -> list[Row]:
 
 def from_run(run: Path) -> list[Row]:
     """The student rollouts of a run, with the grades they got then. Raises UserError when there are none."""
-    keys = ("problem_id", "env_mode", "wording", "completion", "grade")
-    return [{k: row[k] for k in keys} for row in rollout_log.rows(run) if row["source"] == "student"]
+    return [row for row in rollout_log.rows(run) if row["source"] == "student"]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,7 +20,7 @@
   V.run = D.runs.map((r) => r.run);
   V.flagged = ["no", "yes"];
   C.flagged = Int32Array.from(D.flags.flagged, (f) => (f === null ? -1 : f));
-  const SELECTS = ["arm", "run", "mode", "source", "label", "flagged"];
+  const SELECTS = ["arm", "run", "env_mode", "source", "label", "flagged"];
   const many = D.runs.length > 1;
   const value = (name, i) => (C[name][i] < 0 ? null : V[name][C[name][i]]);
   const number = (x, digits = 2) => (x === null || x === undefined ? "–" : x.toFixed(digits));
@@ -82,7 +82,7 @@
       const row = element(
         "div",
         { class: many ? "item many" : "item", role: "option", id: `item-${i}`, "aria-selected": String(i === current), "aria-posinset": p + 1, "aria-setsize": shown },
-        element("span", {}, String(C.step[i])), ...arm, element("span", {}, value("mode", i) ?? "–"),
+        element("span", {}, String(C.step[i])), ...arm, element("span", {}, value("env_mode", i) ?? "–"),
         element("span", { class: `l-${label}` }, label ?? "–"), element("span", {}, number(D.numbers.score[i], 1)),
       );
       row.style.top = p * ROW + "px";
@@ -206,7 +206,7 @@
   const yes = (v) => (v === null || v === undefined ? "–" : v ? "yes" : "no");
 
   function taskText(i) {
-    const task = D.tasks[C.task[i]], statement = C.problem[i] < 0 ? null : D.statements[C.problem[i]];
+    const task = D.tasks[C.task[i]], statement = C.problem_id[i] < 0 ? null : D.statements[C.problem_id[i]];
     const hint = task.hint === null ? "" : task.hint;
     const holder = element("p", { class: "task" });
     const cut = statement === null || statement === undefined ? -1 : statement.indexOf(D.sentence);
@@ -238,7 +238,7 @@
     const previous = element("button", { type: "button" }, "Previous"), following = element("button", { type: "button" }, "Next");
     previous.onclick = () => move(-1);
     following.onclick = () => move(1);
-    const where = `step ${C.step[i]}, row ${C.row[i]}, ${value("source", i) ?? "–"}, ${value("mode", i)}, ${value("problem", i) ?? "–"}`;
+    const where = `step ${C.step[i]}, row ${C.row[i]}, ${value("source", i) ?? "–"}, ${value("env_mode", i)}, ${value("problem_id", i) ?? "–"}`;
     const run = many ? `${value("run", i)} (${value("arm", i)}, seed ${D.runs[C.run[i]].seed}), ` : "";
     const flag = D.flags.flagged[i];
     detail.replaceChildren(
