@@ -307,8 +307,8 @@ def test_the_readme_loads_rollouts_with_datasets(runs, tmp_path, monkeypatch):
     assert [dict(row) for row in names["rollouts"]] == list(rollout_log.rows(runs / "whole"))
     expected = [r for r in rollout_log.rows(runs / "whole") if r["grade"]["channel"] and not r["grade"]["gt_correct"]]
     assert [dict(row) for row in names["hacks"]] == expected
-    flat = [row | row.pop("wording") | row.pop("grade") for row in rollout_log.rows(runs / "whole")]
-    assert rollout_log.frame(runs / "whole").to_dicts() == flat
+    flat = [row | row["wording"] | row["grade"] for row in rollout_log.rows(runs / "whole")]
+    assert rollout_log.frame(runs / "whole").to_dicts() == [{c: row[c] for c in rollout_log.FLAT} for row in flat]
 
 
 def test_writing_rollouts_costs_under_three_percent_of_a_step(runs, tmp_path):
