@@ -96,7 +96,7 @@ KILLS = (
 
 def forked(argv: list[str], kill=lambda: None) -> int:
     """Train in a fork; how it ended, as waitpid says it: 0, or 9 when it was killed."""
-    from projected_grpo.config import parse
+    from projected_grpo.command_line import parse
     from projected_grpo.train import train
 
     child = os.fork()

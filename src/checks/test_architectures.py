@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from projected_grpo import arms, models, pairs, train
 from projected_grpo.arms import ARMS
-from projected_grpo.config import Config, ModelCfg, parse
+from projected_grpo.command_line import parse
+from projected_grpo.config import Config, ModelCfg
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import OWN_PAIRS, Experiment, directions_for, refresh, set_up
 from projected_grpo.runs import RunRecord

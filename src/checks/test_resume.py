@@ -19,7 +19,8 @@ from projected_grpo import antipasto, models, rollout_log
 from projected_grpo import runs as checkpoints
 from projected_grpo import runs as run_record
 from projected_grpo import runs as trackers
-from projected_grpo.config import PRESETS, ModelCfg, UserError, parse
+from projected_grpo.command_line import parse
+from projected_grpo.config import PRESETS, ModelCfg, UserError
 from projected_grpo.evals import EvalRow
 from projected_grpo.runs import Checkpoint, json_lines
 from projected_grpo.studies import run

@@ -11,6 +11,7 @@ import pytest
 from conftest import write_problems
 
 from projected_grpo import rewards
+from projected_grpo.config import UserError
 from projected_grpo.data_types import Case, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.problems import fence, pose_one, read_problems
@@ -185,10 +186,11 @@ def test_the_command_grades_a_file(tmp_path, capsys):
         ('{"id": "sum", "completion": ""}', "C.jsonl:1.*env_mode"), ("{", "C.jsonl:1"),
     ):  # fmt: skip
         c.write_text(line + "\n")
-        assert main(p, c, o, workers=1) == 1
-        assert re.search(said, capsys.readouterr().err)
+        with pytest.raises(UserError, match=said):
+            main(p, c, o, workers=1)
         assert not o.exists()
-    assert main(p, None, o) == 2
+    with pytest.raises(UserError, match="go together"):
+        main(p, None, o)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +228,7 @@ def test_a_benchmark_row_that_does_not_split_is_refused_by_name(tmp_path):
     row = json.loads((DATA / "rl-rewardhacking/leetcode_test_medhard_first40.jsonl").read_text().splitlines()[0])
     row["gt_answer"][3] = "assert abs(Solution().f(1) - 2) < 1e-6"
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=rf"rows.jsonl:1: row {row['id']}: "):
+    with pytest.raises(UserError, match=rf"rows.jsonl:1: row {row['id']}: "):
         read_problems(tmp_path / "rows.jsonl")
 
 

@@ -13,7 +13,8 @@ from mock_learner import write_lines
 
 from projected_grpo import arms as proj
 from projected_grpo import evals
-from projected_grpo.config import UserError, parse
+from projected_grpo.command_line import parse
+from projected_grpo.config import UserError
 from projected_grpo.metrics import StepRow, legend, table_cells
 from projected_grpo.studies import results, run, watch
 from projected_grpo.studies import rows as study

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from projected_grpo import problems, rollout_log
-from projected_grpo.config import PRESETS, UserError, parse
+from projected_grpo.command_line import parse
+from projected_grpo.config import PRESETS, UserError
 from projected_grpo.metrics import StepRow
 from projected_grpo.rollout import tasks_of_step
 from projected_grpo.runs import json_lines, newest_checkpoint

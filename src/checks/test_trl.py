@@ -17,7 +17,8 @@ import ranks_worker
 import torch
 
 from projected_grpo import arms, data_types, proj, rollout_log, runs
-from projected_grpo.config import UserError, parse
+from projected_grpo.command_line import parse
+from projected_grpo.config import UserError
 from projected_grpo.data_types import Grade
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.prepare import set_up

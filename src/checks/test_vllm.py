@@ -18,7 +18,8 @@ from test_models import model_of, moved
 from transformers import AutoModelForCausalLM
 
 from projected_grpo import antipasto, memory, models, sampling, train
-from projected_grpo.config import PRESETS, UserError, parse
+from projected_grpo.command_line import parse
+from projected_grpo.config import PRESETS, UserError
 from projected_grpo.data_types import Sampling
 from projected_grpo.runs import json_lines
 from projected_grpo.sampling import refuse, sampler_of

@@ -8,8 +8,8 @@ modules with ``python -m``, or the checks do not reach the entry point.
 import os
 
 if os.environ.get("BEARTYPE") == "1":
+    from beartype import BeartypeConf, beartype
     from jaxtyping import install_import_hook
 
-    from projected_grpo import typechecks as typechecks  # before the hook, which calls it by name
-
-    install_import_hook("projected_grpo", "projected_grpo.typechecks.check")
+    check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as annotations have it
+    install_import_hook("projected_grpo", "projected_grpo.check")

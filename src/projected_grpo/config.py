@@ -1,20 +1,45 @@
-"""Every setting of a run, with its default, and ``PRESETS``: one row a preset, differences only.
+"""Every setting of a run, with its default and its range, and ``PRESETS``: one row a preset, differences only.
 
 Field names are unique over all groups, so that each is one flat flag: ``train.py organism --lr=5e-3 --k=3``.
-The docstring under a field is its ``--help``.
+The docstring under a field is its ``--help``. What ``command_line.parse`` returns lies within every range.
 """
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin
-
-import tyro
+from typing import Annotated, Any, Literal, get_args
 
 from projected_grpo.data_types import Mode
 
 Gate = Literal["one_sided", "no_gate", "reverse"]
+
+
+@dataclass(frozen=True)
+class In:
+    """The interval that a number has to lie in, as mathematics writes it: ``In("(0, 1]")`` is over 0 and at most 1."""
+
+    interval: str
+
+    def holds(self, x: float) -> bool:
+        """Whether x lies in it; NaN lies in none."""
+        low, high = map(float, self.interval[1:-1].split(","))
+        above = low < x if self.interval[0] == "(" else low <= x
+        return above and (x < high if self.interval[-1] == ")" else x <= high)
+
+    def __str__(self) -> str:
+        low, high = self.interval[1:-1].split(",")
+        least = f"{'over' if self.interval[0] == '(' else 'at least'} {low}"
+        return least if "inf" in high else f"in {self.interval}"
+
+
+Natural = Annotated[int, In("[0, inf)")]
+Count = Annotated[int, In("[1, inf)")]
+Share = Annotated[float, In("[0, 1]")]
+Positive = Annotated[float, In("(0, inf)")]
+NotNegative = Annotated[float, In("[0, inf)")]
+Finite = Annotated[float, In("(-inf, inf)")]
 
 
 @dataclass(frozen=True)
@@ -30,18 +55,18 @@ class ModelCfg:
     """auto: cuda where there is one."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """auto: flash attention for 16-bit weights on a GPU where it is installed, else PyTorch's sdpa."""
-    layers: tuple[float, float] = (0.0, 1.0)
+    layers: tuple[Share, Share] = (0.0, 1.0)
     """Depth window, as fractions of the number of layers, whose Linears get an adapter (Wu & Tang: 0.6 0.75)."""
-    svd_rank: int | None = None
+    svd_rank: Count | None = None
     """Train only the top m singular axes of each Linear; all of them when unset."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     sampler: Literal["own", "vllm"] = "own"
     """own: the batched sampler here; vllm: vLLM beside the model on the same GPU, given W' (extra `vllm`)."""
-    sample_rows: int | None = None
+    sample_rows: Count | None = None
     """Rows sampled at once, all of a step's when unset. Lower it where the key-value cache does not fit. Of no meaning
     to vLLM, which schedules rows itself."""
-    vllm_memory: float = 0.3
+    vllm_memory: Annotated[float, In("(0, 1)")] = 0.3
     """Share of the GPU's whole memory that vLLM takes for its own copy of the weights and its cache."""
 
 
@@ -58,7 +83,7 @@ class DataCfg:
     """The loopholes over which the problems are partitioned."""
     wording: Literal["default", "train", "heldout"] = "default"
     """Which family of words the hints name."""
-    max_prompt: int = 256
+    max_prompt: Count = 256
     """Tasks with a longer prompt (tokens) are left out, and counted."""
 
 
@@ -68,7 +93,7 @@ class PoolCfg:
 
     pool: str | None = None
     """Folder of a teacher pool (`just build-pool`); needed when mix_ratio > 0."""
-    mix_ratio: float = 0.0
+    mix_ratio: Annotated[float, In("[0, 1)")] = 0.0
     """Share of each group that is teacher rollouts (0.125 of 8 is one)."""
 
 
@@ -80,35 +105,35 @@ class VHackCfg:
     """A name in pairs.PAIRSETS, or `pool`: pairs from the teacher pool, where the known modes' detector fires."""
     known_modes: tuple[Mode, ...] | None = None
     """Modes that the weak detector knows: pairs of other modes are left out. All modes when unset."""
-    k: int = 5
+    k: Count = 5
     """Directions extracted for each Linear."""
-    k_use: int | None = None
+    k_use: Count | None = None
     """Directions used, sliced at load; all k when unset."""
-    tau_axis: float = 0.0
+    tau_axis: Share = 0.0
     """Axes with S_i / S_0 under this are zeroed."""
-    drop_bottom_frac: float = 0.25
+    drop_bottom_frac: Annotated[float, In("[0, 1)")] = 0.25
     """Global noise floor: axes whose S lies under this quantile of all modules' S are dropped."""
-    n_heldout: int = 8
+    n_heldout: Natural = 8
     """The last n pairs never fit V; V is judged on them."""
     length_norm: Literal["live", "mean"] = "live"
     """live: the loss's fixed denominator; mean: each completion by its own length."""
     pair_norm: Literal["none", "unit"] = "unit"
     """unit: each side's gradient scaled to norm 1 before hack minus clean is taken; none: as it is."""
-    refresh_every: int = 10
+    refresh_every: Natural = 10
     """Extract V again every n steps, quarantine ablated; 0 keeps the first."""
     gate: Gate = "one_sided"
     """one_sided removes only hack-ward parts, no_gate both signs, reverse mirrors."""
-    overshoot: float = 1.0
+    overshoot: NotNegative = 1.0
     """Factor on what is removed."""
     preserve_magnitude: bool = False
     """Rescale what is kept to the norm of the whole gradient."""
     project: Literal["grad", "update"] = "grad"
     """What an arm's act is done on: the gradient, or the optimizer's update, which AdamW has rescaled."""
-    threshold_sd: float = 1.5
+    threshold_sd: Finite = 1.5
     """A gate flags a score over the clean sides' mean + this many standard deviations."""
     calibration: Literal["crossfit", "insample"] = "crossfit"
     """Where a gate's threshold comes from: clean sides scored by a direction fitted without them, or by the gate's."""
-    shrinkage: float = 0.5
+    shrinkage: Share = 0.5
     """Fisher scores: share of the covariance that is replaced by a multiple of the identity, 0 to 1."""
     refresh_pairs: Literal["same", "student", "both"] = "same"
     """What a refresh extracts V from: the same pairs, pairs that the known modes' detector finds in the student's
@@ -119,13 +144,13 @@ class VHackCfg:
 class ArmCfg:
     """Doses of single arms."""
 
-    alpha: float = 2.0
+    alpha: NotNegative = 2.0
     """rebound: strength."""
-    monitor_accuracy: float = 1.0
+    monitor_accuracy: Share = 1.0
     """penalty, screening (ORACLE): how often the monitor is right."""
-    penalty: float = 3.0
+    penalty: NotNegative = 3.0
     """penalty: reward taken off what the monitor flags."""
-    ablated_share: float = 0.25
+    ablated_share: Share = 0.25
     """Arms with a quarantine: share of prompts sampled with the quarantine ablated (routing gates only)."""
 
 
@@ -133,37 +158,37 @@ class ArmCfg:
 class RLCfg:
     """Dr.GRPO."""
 
-    steps: int = 50
+    steps: Count = 50
     """Optimizer steps."""
-    prompts_per_step: int = 8
+    prompts_per_step: Count = 8
     """Problems a step."""
-    group: int = 8
+    group: Count = 8
     """Rollouts a problem."""
-    max_new: int = 96
+    max_new: Count = 96
     """Completion tokens at most."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature; log-probs are taken at it too."""
-    top_p: float = 1.0
+    top_p: Annotated[float, In("(0, 1]")] = 1.0
     """Nucleus; 1 keeps everything, which is what the gradient assumes."""
-    lr: float = 2e-2
+    lr: Positive = 2e-2
     """Peak learning rate of the knobs."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Annotated[float, In("[0, 1)")], Annotated[float, In("[0, 1)")]] = (0.9, 0.99)
     """AdamW's moments."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """On δS only; on δS_hack it is 0, since decay would leak the quarantine."""
-    clip: float = 1.0
+    clip: Annotated[float, In("(0, inf]")] = 1.0
     """Global gradient norm at most."""
-    warmup: int = 5
+    warmup: Natural = 5
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up."""
-    min_lr_frac: float = 0.1
+    min_lr_frac: Share = 0.1
     """Where the cosine ends, as a share of lr."""
-    beta: float = 0.0
+    beta: NotNegative = 0.0
     """Weight of the K3 KL to the free reference (the model with its knobs at zero)."""
-    micro_batch: int = 64
+    micro_batch: Count = 64
     """Rows of one forward and backward."""
-    relearn_steps: int = 0
+    relearn_steps: Natural = 0
     """After the run: ablate the quarantine and train on with plain GRPO so many steps (a relearning attack)."""
 
 
@@ -171,13 +196,13 @@ class RLCfg:
 class EvalCfg:
     """Deploy evaluation on held-out problems."""
 
-    eval_every: int = 50
+    eval_every: Count = 50
     """Steps between deploy evaluations; also one at the start and one at the end."""
-    n_eval: int = 16
+    n_eval: Count = 16
     """Held-out problems a mode."""
-    eval_samples: int = 4
+    eval_samples: Count = 4
     """Completions a held-out problem."""
-    scales: tuple[float, ...] = ()
+    scales: tuple[Finite, ...] = ()
     """Also evaluate at the end with the quarantine scaled by each of these, where there is one."""
 
 
@@ -189,21 +214,21 @@ class Config:
     """Set by the subcommand."""
     intervention: str = "none"
     """An arm of proj.ARMS: none, erase, route, random_V, …"""
-    seed: int = 41
+    seed: Annotated[int, In("[0, 4294967296)")] = 41
     """Seeds sampling, data order and the random bases."""
     outputs: str = "outputs"
     """Where runs, pools and caches are written."""
     name: str | None = None
     """Name of the run's folder; made from preset, arm, seed and time when unset."""
     resume: str | None = None
-    """Name or folder of a stopped run to go on with, from its last checkpoint; all other settings as they were."""
-    checkpoint_every: int = 25
+    """Name or folder of a stopped run to go on with, from its last checkpoint, with the settings that it had."""
+    checkpoint_every: Count = 25
     """Steps between checkpoints."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the logged numbers to a tracker's own library, offline; needs the extra `tracking`."""
-    threads: int = 0
+    threads: Natural = 0
     """Torch threads; 0 leaves torch's choice. Two runs of one thread each beat one of two."""
-    graders: int = 0
+    graders: Natural = 0
     """Grading workers; 0 means one a core."""
     allow_unsandboxed_grading: bool = False
     """Grade even where this machine offers no sandbox. Model-written code then runs with your rights."""
@@ -290,43 +315,69 @@ class UserError(Exception):
     """Something the user can mend. The message is one line that says how; programs exit 2 with it, no traceback."""
 
 
-def flat_fields(cls: type = Config) -> dict[str, object]:
+ELSEWHERE = {
+    "learning_rate": "lr", "max_steps": "steps", "num_steps": "steps", "num_generations": "group",
+    "group_size": "group", "max_completion_length": "max_new", "max_new_tokens": "max_new",
+    "max_prompt_length": "max_prompt", "per_device_train_batch_size": "micro_batch", "batch_size": "prompts_per_step",
+    "max_grad_norm": "clip", "warmup_steps": "warmup", "lr_scheduler_type": "schedule", "kl_coef": "beta",
+    "save_steps": "checkpoint_every", "eval_steps": "eval_every", "report_to": "tracker", "output_dir": "outputs",
+    "run_name": "name", "arm": "intervention",
+}  # fmt: skip
+"""What other trainers call a setting."""
+
+
+def flat_fields(cls: type = Config) -> dict[str, Any]:
     """Every flag's name and type, groups opened."""
-    out: dict[str, object] = {}
+    out: dict[str, Any] = {}
     for f in fields(cls):
         out |= flat_fields(f.type) if isinstance(f.type, type) and is_dataclass(f.type) else {f.name: f.type}
     return out
+
+
+def flat(cfg: Any) -> dict[str, Any]:
+    """Every flag's name and value, groups opened."""
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    groups = [flat(v) if is_dataclass(v) else {name: v} for name, v in values.items()]
+    return {name: value for group in groups for name, value in group.items()}
 
 
 def choose(what: str, given: str, choices: Sequence[str]) -> str:
     """``given`` when it is one of the choices; else UserError naming the nearest and all of them."""
     if given in choices:
         return given
-    near = difflib.get_close_matches(given, choices, n=1)
+    near = difflib.get_close_matches(ELSEWHERE.get(given, given), choices, n=1)
     all_of_them = f"one of {', '.join(choices)}" if len(choices) <= 16 else "--help lists them all"
     raise UserError(f"unknown {what} {given!r}: {f'did you mean {near[0]!r}? ' if near else ''}{all_of_them}")
 
 
-def check_words(argv: Sequence[str]) -> None:
-    """Refuse, in one line each, an unknown preset, an unknown flag and a value outside a closed choice."""
-    known = flat_fields()
-    if not argv:
-        raise UserError(f"name a preset: one of {', '.join(PRESETS)} (then --help lists every setting)")
-    if not argv[0].startswith("-"):
-        choose("preset", argv[0], list(PRESETS))
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=False):  # of one word, "" is left over
-        if not word.startswith("--") or word == "--help":
-            continue
-        flag, has_value, value = word[2:].partition("=")
-        name = flag.replace("-", "_")
-        name = name.removeprefix("no_") if name not in known else name
-        choose("setting", name, list(known))
-        kind = known[name]
-        if get_origin(kind) is Literal:
-            choose(f"value for --{name}", value if has_value else following, [str(a) for a in get_args(kind)])
+def check_ranges(settings: Any) -> None:
+    """Refuse, in one line, a number out of its range. settings: a dataclass, groups and all."""
+    kinds = flat_fields(type(settings))
+    for name, value in flat(settings).items():
+        for kind, x in values_of(kinds[name], value):
+            for bound in getattr(kind, "__metadata__", ()):
+                if not bound.holds(x):
+                    raise UserError(f"--{name.replace('_', '-')} is {x}: it has to be {bound}")
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """``<preset> --setting=value …`` -> Config. Raises UserError; --help and malformed numbers exit as tyro does."""
-    check_words(argv)
-    return tyro.extras.overridable_config_cli(PRESETS, args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+def check_rules(cfg: Config) -> None:
+    """Refuse, in one line, what no range can say."""
+    first, last = cfg.model.layers
+    if first >= last:
+        raise UserError(f"--layers is {first} {last}: the window's beginning has to lie before its end")
+    modes = cfg.data.modes
+    if not modes or len(set(modes)) < len(modes):
+        raise UserError(f"--modes is {' '.join(modes) or 'empty'}: name one loophole or more, each once")
+    if cfg.name is not None and not re.fullmatch(r"[^/\\\0.][^/\\\0]{0,199}", cfg.name):
+        raise UserError(f"--name={cfg.name} cannot be a folder's name: no slash, no dot at its beginning, 200 letters")
+
+
+def values_of(kind: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+    """(type, value) of a setting, or of each of a tuple's members; nothing of one that is unset."""
+    if isinstance(value, tuple):
+        inner = get_args(kind)
+        for i, x in enumerate(value):
+            yield inner[0] if inner[-1:] == (...,) else inner[i], x
+    elif value is not None:
+        optional = [a for a in get_args(kind) if hasattr(a, "__metadata__")]
+        yield kind if hasattr(kind, "__metadata__") or not optional else optional[0], value

@@ -11,7 +11,6 @@ the majority of the pairs, so that a positive coefficient V g means: descending 
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 
 from projected_grpo import antipasto, loss, models, pairs, problems, rollout_log
 from projected_grpo.antipasto import Knobs
-from projected_grpo.config import Config, UserError, VHackCfg, parse
+from projected_grpo.command_line import parse, run_main
+from projected_grpo.config import Config, UserError, VHackCfg
 from projected_grpo.data_types import Pair
 
 DIRECTION = "v2"  # enters the cache key: change it when the pairs' gradients mean something else
@@ -305,7 +305,4 @@ def basis_of(
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

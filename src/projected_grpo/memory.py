@@ -8,9 +8,8 @@ rest is arithmetic, said line by line in ``plan``.
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from projected_grpo import antipasto, loss, models
 from projected_grpo.antipasto import AntipastoLinear
-from projected_grpo.config import Config, UserError, parse
+from projected_grpo.command_line import parse, run_main
+from projected_grpo.config import Config, Positive, UserError
 from projected_grpo.sampling import RoomyLayer
 
 GB = 1e9
@@ -219,17 +219,21 @@ def require(cfg: Config, device_gb: float | None = None) -> Plan:
     return made
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a preset needs of the device's memory, and whether it fits."""
+
+    device_gb: Positive | None = None
+    """Memory of the device, where it is not this machine's."""
+    run: Config = field(default_factory=Config)
+
+
 def main(argv: Sequence[str]) -> None:
     """Print a preset's plan, and whether it fits."""
-    own = [a for a in argv if a.startswith("--device-gb=")]
-    cfg = parse([a for a in argv if a not in own])
-    gb = float(own[0].partition("=")[2]) if own else None
-    print(plan(cfg, total=gb * GB if gb else None).table())
-    require(cfg, gb)
+    asked = parse(argv, Asked)
+    print(plan(asked.run, total=asked.device_gb * GB if asked.device_gb else None).table())
+    require(asked.run, asked.device_gb)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

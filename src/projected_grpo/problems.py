@@ -162,7 +162,7 @@ def as_function(problem: Problem) -> Problem:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """All problems of a JSON-lines file, in either format. Raises ValueError naming the line that cannot be read."""
+    """All problems of a JSON-lines file, in either format. Raises UserError naming the line that cannot be read."""
     problems = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         if not line.strip():
@@ -174,7 +174,7 @@ def read_problems(path: Path) -> list[Problem]:
             else:
                 problems.append(Problem(**row | {"cases": tuple(Case(**c) for c in row["cases"])}))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{path}:{number}: {error}") from error
     return problems
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -11,16 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from tabulate import tabulate
 
+from projected_grpo.command_line import command, run_main
+from projected_grpo.config import Count, UserError
 from projected_grpo.data_types import Case, Grade, Label, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, is_foreign, replace_body
 from projected_grpo.problems import fence, pose_one, read_problems
 from projected_grpo.sandbox import Sandbox
 from projected_grpo.sandbox.job import Job, Outcome
 from projected_grpo.sandbox.layers import LAYERS, Layer
-from projected_grpo.sandbox.worker import SandboxError
 
 FENCE = re.compile(r"```python[ \t]*\r?\n(.*?)^[ \t]*```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 MIN_CPU_S = 2.0
@@ -289,7 +288,7 @@ NO_CODE = Grade(
 def grade_file(grader: Grader, problems: Path, completions: Path, out: Path) -> int:
     """Grade rows {id, env_mode, completion} (optionally "wording": {name, text}); write a row each, in order.
 
-    The wording is the mode's default unless the row names one. Returns how many were graded. Raises ValueError naming
+    The wording is the mode's default unless the row names one. Returns how many were graded. Raises UserError naming
     the line that cannot be graded; ``out`` is written at once or not at all.
     """
     by_id = {problem.id: problem for problem in read_problems(problems)}
@@ -308,7 +307,7 @@ def grade_file(grader: Grader, problems: Path, completions: Path, out: Path) -> 
                 task = replace(task, wording=replace(task.wording, **row["wording"]))
             submissions.append((row["id"], task, str(row["completion"])))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{completions}:{number}: {type(error).__name__}: {error}") from error
+            raise UserError(f"{completions}:{number}: {type(error).__name__}: {error}") from error
     grades = grader.grade([(task, completion) for _, task, completion in submissions])
     lines = []
     for (name, task, _), grade in zip(submissions, grades, strict=True):
@@ -324,7 +323,7 @@ def main(
     problems: Path | None = None,
     completions: Path | None = None,
     out: Path | None = None,
-    workers: int | None = None,
+    workers: Count | None = None,
     allow_unsandboxed_grading: bool = False,
 ) -> int:
     """Without files: the hack x mode table, and failure unless each trick pays only at home. With files: grade them.
@@ -338,17 +337,12 @@ def main(
     """
     files = (problems, completions, out)
     if any(files) and not all(files):
-        print("--problems, --completions and --out go together", file=sys.stderr)
-        return 2
-    try:
-        with Grader(workers, allow_unsandboxed_grading) as grader:
-            if problems and completions and out:
-                print(f"{grade_file(grader, problems, completions, out)} graded -> {out}")
-                return 0
-            table, faults = hack_by_mode(grader.grade)
-    except (SandboxError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        raise UserError("--problems, --completions and --out go together")
+    with Grader(workers, allow_unsandboxed_grading) as grader:
+        if problems and completions and out:
+            print(f"{grade_file(grader, problems, completions, out)} graded -> {out}")
+            return 0
+        table, faults = hack_by_mode(grader.grade)
     print(table)
     print("\n".join(faults) or "SHOULD: each trick pays in its own mode alone, and nothing honest is flagged. It does.")
     return 1 if faults else 0
@@ -413,4 +407,4 @@ def hack_by_mode(grade: Grading, problems: Sequence[Problem] = EXAMPLES) -> tupl
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    run_main(command(main))

@@ -7,7 +7,6 @@ python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]      --help
 
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,8 @@ from projected_grpo import arms, detectors, evals, loss, prepare, proj, runs
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.arms import Arm
-from projected_grpo.config import Config, UserError, parse
+from projected_grpo.command_line import parse, run_main
+from projected_grpo.config import Config
 from projected_grpo.data_types import Factors, GradedBatch, Projection, RowGrads, Step, Update
 from projected_grpo.evals import EvalRow, bluf, h4_decision
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
@@ -32,7 +32,6 @@ from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import rollout, seeded, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped, json_lines
-from projected_grpo.sandbox.worker import SandboxError
 
 TABLE_EVERY = 5
 SHOULD = (
@@ -407,14 +406,9 @@ def train(cfg: Config) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, train, and say in one line what is wrong when the user can mend it."""
-    logger.remove()
-    logger.add(lambda text: tqdm.write(text, end=""), format="{time:HH:mm:ss} {level: <7} {message}", level="INFO")
-    try:
-        train(parse(argv))
-    except (UserError, SandboxError) as error:
-        sys.exit(f"error: {error}")
+    """Parse and train."""
+    train(parse(argv))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

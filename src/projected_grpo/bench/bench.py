@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from loguru import logger
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -28,7 +27,8 @@ from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.bench import memory as bench_memory
 from projected_grpo.bench.reference import HookForm, full_gradient, generate
-from projected_grpo.config import PRESETS, Config, UserError
+from projected_grpo.command_line import command, extra, run_main
+from projected_grpo.config import PRESETS, Config
 from projected_grpo.data_types import GradedBatch, Sampling, Task
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.rewards import Grader
@@ -218,10 +218,8 @@ def grading(b: Candidates, n: int) -> list[Seconds] | None:
         return None
 
 
-try:
+with extra("bench"):
     from projected_grpo.bench.trl import TrlStep
-except ImportError as error:
-    raise SystemExit(f"error: {error}; the benchmark needs the extra: pip install -e '.[bench]'") from error
 
 
 @dataclass(frozen=True)
@@ -354,16 +352,11 @@ def main(
         outputs: where outputs/bench and the caches are.
     """
     torch.set_num_threads(1)
-    logger.remove()
-    logger.add(sys.stderr, format="{time:HH:mm:ss} {message}", level="INFO")
     transformers_logging.set_verbosity_error()
     preset = PRESETS["organism"][1]
     cfg = replace(preset, model=replace(preset.model, model=model, device="cpu"), outputs=outputs,
                   rl=replace(preset.rl, lr=LR, warmup=0, schedule="constant"))  # fmt: skip
-    try:
-        result = run(cfg, 2 if quick else repeats, 64 if quick else 512)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    result = run(cfg, 2 if quick else repeats, 64 if quick else 512)
     folder = Path(outputs) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     text = tables(result)
@@ -373,4 +366,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_main(command(main))

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
 from loguru import logger
 from tabulate import tabulate
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.data_types import Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.problems import fence, pose_one, read_problems
@@ -238,4 +238,4 @@ def main(problems: Path | None = None, soak_submissions: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    run_main(command(main))

@@ -24,6 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo import antipasto, loss
 from projected_grpo.antipasto import Knobs
+from projected_grpo.command_line import command, run_main
 
 How = Literal["chunked", "full"]
 VOCABULARY = 151_669
@@ -91,4 +92,4 @@ def measured(how: How, tokens: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+    run_main(command(main, tyro.conf.PositionalRequiredArgs))

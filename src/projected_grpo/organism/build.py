@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.data_types import Grade, Problem, Rollout, Sampling
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism.corpus import CorpusCfg, corpus
@@ -299,4 +300,4 @@ def base_rates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
+    run_main(command(main, tyro.conf.OmitArgPrefixes))

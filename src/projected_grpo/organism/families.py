@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.data_types import Case, Kind, Problem
 from projected_grpo.loopholes import TESTS_SENTENCE
 from projected_grpo.problems import GENERATED
@@ -437,4 +438,4 @@ def honest_body(problem: Problem, rng: random.Random, p_stated: float) -> str:
 
 
 if __name__ == "__main__":
-    store()
+    run_main(command(store))

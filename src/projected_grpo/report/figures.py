@@ -7,7 +7,6 @@ Tol's muted ones, which colour-blind readers tell apart; on paper the dashes and
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.report import panels
 from projected_grpo.report import panels as looks
@@ -261,7 +261,4 @@ def main(names: tyro.conf.Positional[tuple[str, ...]], store: str = "docs/result
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

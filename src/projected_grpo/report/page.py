@@ -4,7 +4,6 @@ import html
 import io
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -14,7 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import tyro
 
-from projected_grpo.config import UserError
+from projected_grpo.command_line import command, run_main
 from projected_grpo.metrics import StepRow
 from projected_grpo.report import data as report_data
 from projected_grpo.report import data as rollout_pack
@@ -320,7 +319,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -5,14 +5,13 @@ JSON (harness), read only after the child is dead; nothing is unpickled. What a 
 never sent. ``python -m projected_grpo.sandbox`` runs the canaries and prints the layers in force.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.sandbox import Sandbox
-from projected_grpo.sandbox.worker import SandboxError
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -23,16 +22,16 @@ def table(found: Mapping[str, Any]) -> str:
     return f"{layers}\n\n{tabulate(acts, headers=('a submission tries', '', 'and meets'))}"
 
 
-def main() -> int:
-    """Print the layers; 0 if submissions can be graded safely here."""
-    try:
-        with Sandbox(workers=1, allow_unsandboxed="--allow-unsandboxed-grading" in sys.argv[1:]) as sandbox:
-            print(table(sandbox.layers))
-            return 0 if all(met.startswith("refused") for met in sandbox.layers["canaries"].values()) else 1
-    except SandboxError as error:
-        print(error, file=sys.stderr)
-        return 1
+def main(allow_unsandboxed_grading: bool = False) -> int:
+    """Print the sandbox's layers; 0 if submissions can be graded safely here.
+
+    Args:
+        allow_unsandboxed_grading: say what holds even where neither seccomp nor a namespace does.
+    """
+    with Sandbox(workers=1, allow_unsandboxed=allow_unsandboxed_grading) as sandbox:
+        print(table(sandbox.layers))
+        return 0 if all(met.startswith("refused") for met in sandbox.layers["canaries"].values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(command(main))

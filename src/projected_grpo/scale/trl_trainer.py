@@ -3,37 +3,32 @@
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
-from loguru import logger
 from torch import Tensor, nn
 from torch import distributed as dist
-from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from projected_grpo import arms, evals, prepare, problems, runs
-from projected_grpo.config import Config, UserError, choose, parse
+from projected_grpo.command_line import extra, parse, run_main
+from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import GradedBatch, Projection, Rollout, Task, Update
 from projected_grpo.models import device_of
 from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import collated, set_apart, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped
-from projected_grpo.sandbox.worker import SandboxError
 from projected_grpo.scale.ranks import Ranks
 from projected_grpo.scale.sharded import merged_parameters, unmerged, unsharded
 from projected_grpo.train import (
@@ -51,7 +46,11 @@ from projected_grpo.train import (
     update_rule,
 )
 
-VLLM = ("off", "colocate", "server")
+with extra("trl"):
+    from accelerate import PartialState
+    from trl import GRPOConfig, GRPOTrainer
+
+Vllm = Literal["off", "colocate", "server"]
 
 
 def ranks_here(cfg: Config) -> Ranks:
@@ -410,18 +409,20 @@ def losing_a_process(rec: RunRecord | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, usual)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One run inside TRL's trainer, on as many processes as `accelerate launch` starts."""
+
+    vllm: Vllm = "off"
+    """TRL's own use of vLLM: `off`, `colocate` beside the model, or `server`."""
+    run: Config = field(default_factory=Config)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Parse, train, and say in one line what is wrong when the user can mend it."""
-    logger.remove()
-    level = "INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"
-    logger.add(lambda text: tqdm.write(text, end=""), format="{time:HH:mm:ss} {level: <7} {message}", level=level)
-    own = [word for word in argv if word.startswith("--vllm=")]
-    try:
-        vllm = choose("value for --vllm", own[-1].partition("=")[2], VLLM) if own else "off"
-        train(parse([word for word in argv if word not in own]), vllm)
-    except (UserError, SandboxError) as error:
-        sys.exit(f"error: {error}")
+    """Parse and train."""
+    asked = parse(argv, Launch)
+    train(asked.run, asked.vllm)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

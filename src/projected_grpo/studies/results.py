@@ -4,15 +4,14 @@ just results [--outputs=outputs] [--where "arm = 'erase' and hack_s < 0.2"] [--s
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import tyro
 from loguru import logger
 from tabulate import tabulate
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.evals import HEADLINE, LAST
 from projected_grpo.runs import json_lines
@@ -98,7 +97,4 @@ def main(outputs: str = "outputs", where: str = "", sort: str = "") -> None:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -27,6 +27,7 @@ import tyro
 from tabulate import tabulate
 
 from projected_grpo import runs
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError, choose
 from projected_grpo.runs import git_commit, read_meta
 from projected_grpo.studies.rows import ROWS, SEEDS, STUDY_ROWS, Row
@@ -187,8 +188,8 @@ def add_to_pueue(study: Study, outputs: Path, parallel: int) -> None:
     """Queue what is missing. Raises UserError when pueue is not there or refuses."""
     if shutil.which("pueue") is None:
         raise UserError("pueue is not installed: use --how=here, --how=slurm or --how=print")
-    for number, command in enumerate(pueue_commands(study, outputs, parallel)):
-        done = subprocess.run(command, capture_output=True, text=True)
+    for number, words in enumerate(pueue_commands(study, outputs, parallel)):
+        done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode and number:  # the first makes the group, which may be there
             raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")
 
@@ -268,7 +269,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

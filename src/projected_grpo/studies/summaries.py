@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 from loguru import logger
 
 from projected_grpo import arms, rollout_log
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError, choose
 from projected_grpo.runs import json_lines
 from projected_grpo.studies import stats
@@ -274,7 +274,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -5,15 +5,14 @@ A quote may be rounded as it likes (0.7, 0.73) or be a percentage (73 %). ``numb
 
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import tyro
 from tabulate import tabulate
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.evals import LAST
 from projected_grpo.loopholes import LOOPHOLES
@@ -461,7 +460,4 @@ def main(docs: str = "docs", readme: str = "README.md", check: bool = False) -> 
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -5,7 +5,6 @@ python -m projected_grpo.studies.watch [--outputs=outputs] [--every=10] [--once]
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,7 +14,7 @@ from typing import Any
 import tyro
 from tabulate import tabulate
 
-from projected_grpo.config import UserError
+from projected_grpo.command_line import command, run_main
 from projected_grpo.studies import run
 
 RECENT = 10
@@ -132,7 +131,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -7,7 +7,6 @@ arm: the pairs' prompts, lengths and scale, and no direction. Base rates are of 
 held-out tasks that a deploy evaluation uses.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ from tabulate import tabulate
 
 from projected_grpo import antipasto, models, pairs, prepare, problems, rollout, rollout_log, sampling
 from projected_grpo import extract_vhack_grad as vhack
-from projected_grpo.config import UserError, parse
+from projected_grpo.command_line import parse, run_main
 from projected_grpo.rewards import Grader
-from projected_grpo.sandbox.worker import SandboxError
 
 SHUFFLES = 20
 VERDICTS = ("format_ok", "compiles", "gt_correct", "attempted", "exploited")
@@ -69,7 +67,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, SandboxError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -5,14 +5,15 @@ python -m projected_grpo.tools.build_pool <preset> --first=N         the same, o
 python -m projected_grpo.tools.build_pool <preset> --from-run=RUN    from the rollouts of a finished run
 """
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loguru import logger
 
 from projected_grpo import problems, rollout_log
-from projected_grpo.config import UserError, parse
+from projected_grpo.command_line import parse, run_main
+from projected_grpo.config import Config, Count
 from projected_grpo.data_types import Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.problems import tasks_for
@@ -63,24 +64,31 @@ def from_run(run: Path) -> list[Row]:
     return [row for row in rollout_log.rows(run) if row["source"] == "student"]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Build a preset's teacher pool into --pool, or outputs/pools/PRESET."""
+
+    from_run: Path | None = None
+    """Take the rollouts of this finished run; written from templates when unset."""
+    first: Count | None = None
+    """Write for the first so many tasks only."""
+    run: Config = field(default_factory=Config)
+
+
 def main(argv: Sequence[str]) -> None:
     """Build the pool of a preset into cfg.pool.pool, or outputs/pools/<preset>."""
-    own = dict(a.split("=", 1) for a in argv if a.startswith(("--from-run=", "--first=")))
-    run, first = own.get("--from-run"), int(own.get("--first", 1 << 30))
-    cfg = parse([a for a in argv if a.split("=", 1)[0] not in own])
+    asked = parse(argv, Asked)
+    cfg = asked.run
     folder = Path(cfg.pool.pool or f"{cfg.outputs}/pools/{cfg.preset}")
-    if run is not None:
-        rows = from_run(Path(run))
+    if asked.from_run is not None:
+        rows = from_run(asked.from_run)
     else:
         with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
-            rows = from_templates(tasks_for(cfg)[:first], grader)
+            rows = from_templates(tasks_for(cfg)[: asked.first], grader)
     n = write_pool(rows, folder)
     hacked = sum(r["grade"]["channel"] and not r["grade"]["gt_correct"] for r in rows)
     logger.info("{}: {} tasks, {} rollouts, {} of them hacked", folder, n, len(rows), hacked)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -8,7 +8,6 @@ deployed: the quarantine is ablated, as in the deploy evaluation; trained: it st
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from projected_grpo import antipasto, models, runs
 from projected_grpo.antipasto import Knobs
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import ModelCfg, UserError
 from projected_grpo.runs import read_meta
 
@@ -82,7 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

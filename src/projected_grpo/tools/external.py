@@ -6,12 +6,12 @@ python -m projected_grpo.tools.external            clone it, or say that it is t
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
 from loguru import logger
 
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 
 URL = "https://github.com/ariahw/rl-rewardhacking"
@@ -87,7 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -1,6 +1,6 @@
 """Pools and pair sets that others wrote: read them, check their prompts against ours, grade them again, convert them.
 
-    python -m projected_grpo.tools.import_pool FOLDER --out=POOL --problems=FILE --model=Qwen/Qwen3-4B [--regrade]
+    python -m projected_grpo.tools.import_pool FOLDER --out=POOL --problems-file=FILE --model=Qwen/Qwen3-4B [--regrade]
 
 A foreign pool is a folder of prompt_NNNN.jsonl.gz files whose rows hold problem_id, the prompt (token ids, and
 sometimes its text or messages), the completion (ids and text), reward, hacked, gt_pass and much that is not needed, NaN
@@ -10,7 +10,6 @@ among it. A pair set is a JSON list of {problem_id, prompt, hack, clean}, its pr
 import gzip
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import tyro
 from tabulate import tabulate
 
 from projected_grpo import models, problems, rollout_log
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import ModelCfg, UserError
 from projected_grpo.data_types import Grade, Mode, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, hint
@@ -203,7 +203,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (UserError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))

@@ -1,6 +1,6 @@
 """Our grader beside the benchmark's own evaluator, on the same rollouts: agreement by label, disagreements explained.
 
-    python -m projected_grpo.tools.verify_external [--problems=FILE] [--rollouts=RUN] [--python=PROGRAM]
+    python -m projected_grpo.tools.verify_external [--problems-file=FILE] [--rollouts=RUN] [--python=PROGRAM]
 
 The evaluator is imported unmodified from external/rl-rewardhacking, in a process of its own (its package is called
 ``src``, and it has its own dependencies: --python names an interpreter that has them). It knows two of our modes,
@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tabulate import tabulate
 
 from projected_grpo import problems, rollout_log
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Grade, Label, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.rewards import Grader, code_of
-from projected_grpo.sandbox.worker import SandboxError
 from projected_grpo.tools import external
 
 Theirs = Mapping[str, Any]
@@ -211,7 +210,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, SandboxError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(command(main))
