@@ -69,7 +69,6 @@ def batch(rows: list[Rollout], own: slice) -> GradedBatch:
     ids, mask = loss.collate(prompts, [r.ids for r in rows], 0, torch.device("cpu"))
     return GradedBatch(
         ids, mask, rewards.flatten(),
-        torch.tensor([(first + i // GROUP) == 2 for i in range(len(rows))]),
         torch.tensor([r.source == "student" for r in rows]), tuple(rows),
         {"gen": 0.0, "grade": 0.0},
     )  # fmt: skip
@@ -84,28 +83,26 @@ def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: arms.Arm) -
     used = vhack.random_basis(real, 7) if arm.basis != "hack" else real
     everything = batch(rollouts(), slice(0, PROMPTS * GROUP))
     G = loss.row_gradients(model, knobs, everything.ids, everything.mask, torch.ones(len(everything.rewards))).G
-    states = detectors.pooled(model, everything.ids, everything.mask, "mean")
-    evidence = {"gradient": G, "fisher": detectors.flat(G), "activation": states}
+    readings = [detectors.MEAN, detectors.HELD_OUT]
+    states = detectors.pooled(model, everything.ids, everything.mask, readings)
 
-    def detector(kind: arms.Score) -> detectors.Detector:
-        scorer = lambda N: detectors.row_scores(N, used).sum(0)
-        if kind != "gradient":
-            w = torch.randn(evidence[kind].shape[1], generator=draw, dtype=torch.float64)
-            scorer = lambda h: h.to(w) @ w
-        scores = scorer(evidence[kind]).sort().values
-        threshold, low = float(scores[-7:-5].mean()), float(scores[5:7].mean())
-        return detectors.Detector(scorer, threshold, low, float(scores.std()))
+    def probe(h: torch.Tensor) -> detectors.Detector:
+        w = torch.randn(h.shape[1], generator=draw, dtype=torch.float64)
+        return flagging(lambda h: h.to(w) @ w, h)
 
-    both = arm.score == "either"
-    gate = detectors.either(detector("fisher"), detector("activation")) if both else detector(arm.score)
+    def flagging(scorer: detectors.Scorer, evidence) -> detectors.Detector:
+        return detectors.Detector(scorer, float(scorer(evidence).sort().values[-7:-5].mean()))
+
+    by_gradient = flagging(lambda N: detectors.row_scores(N, used).sum(0), G)
+    gate = by_gradient if arm.score == "gradient" else probe(states[detectors.MEAN])
     d = torch.randn(24, generator=draw, dtype=torch.float64).float()
-    return Directions(real, real, used, vhack.random_basis(real, 9), gate, d)
+    return Directions(real, real, used, vhack.random_basis(real, 9), gate, d, probe(states[detectors.HELD_OUT]))
 
 
 def experiment(cache: Path, arm: arms.Arm) -> Experiment:
     model, knobs = model_and_knobs(cache)
     sample, V = partial(sampling.sample, model), directions(model, knobs, arm)
-    return Experiment(model, None, knobs, sample, [], None, [], [], None, V, deque())
+    return Experiment(model, None, knobs, sample, [], None, [], [], [], None, V, deque())
 
 
 def taken(x: Experiment, arm: arms.Arm, ranks: Ranks) -> tuple[Step, dict[str, torch.Tensor]]:

@@ -23,7 +23,7 @@ from projected_grpo.tools import export
 from projected_grpo.train import make_optimizer, take_step
 
 CASES = [(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")]
-ALWAYS = {"erase", "route", "gate_act_punish", "gate_route"}
+ALWAYS = {"erase", "route", "gate_act_punish", "rebound_mul"}
 SMALL = (
     "--pairs=organism8", "--n-heldout=2", "--k=2", "--steps=3", "--group=4", "--prompts-per-step=2", "--max-new=6",
     "--n-eval=1", "--eval-samples=1", "--refresh-every=2", "--checkpoint-every=1", "--graders=1", "--threads=1",

@@ -20,7 +20,7 @@ from projected_grpo.train import apply_step, make_optimizer
 WIDTHS = {"a": 4, "b": 3}
 REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)
 A = torch.tensor([1.75, -1.75, -1.5, 1.5], dtype=torch.float64)
-FLAGGED, LOW = torch.tensor([True, True, False, False]), torch.tensor([False, False, False, True])
+FLAGGED = torch.tensor([True, True, False, False])
 STUDENT = torch.ones(4, dtype=torch.bool)
 BY_ROW = {rule for rule in arms.RULES if rule not in ("coin", "count", "punish_count")}
 
@@ -67,7 +67,7 @@ def scaled(g: dict, s: float) -> dict:
 
 def longhand(arm: Arm, N, V: HackBasis, real: HackBasis) -> tuple[dict, dict | None]:
     """(what δS descends, what δS_hack descends) by the arm's definition."""
-    advantage, quarantined = A.tolist(), [0.0] * 4
+    advantage = A.tolist()
     match arm.rows:
         case "drop":  # row 0 is flagged and has A > 0; row 1 is flagged and has A < 0
             advantage[0] = 0.0
@@ -75,17 +75,8 @@ def longhand(arm: Arm, N, V: HackBasis, real: HackBasis) -> tuple[dict, dict | N
             advantage = [0.0, 0.0, -1.5, 1.5]
         case "punish":  # rewards 0 0 | .5 3.5
             advantage = [0.0, 0.0, -1.5, 1.5]
-        case "route":  # flagged rows leave δS; all but the low row reach δS_hack
-            quarantined = [1.75, -1.75, -1.5, 0.0]
-            advantage = [0.0, 0.0, -1.5, 1.5]
-        case "route_low":
-            quarantined = [0.0, 0.0, -1.5, 1.5]
-            advantage = [1.75, -1.75, -1.5, 0.0]
-        case "both":
-            quarantined = A.tolist()
     total = lambda w: {m: [dot(w, N[m][:, j].tolist()) for j in range(WIDTHS[m])] for m in WIDTHS}
-    g, q = total(advantage), total(quarantined)
-    kept = g
+    g = kept = total(advantage)
     match arm.act:
         case "erase" | "route":
             kept = erased(g, V)
@@ -94,21 +85,17 @@ def longhand(arm: Arm, N, V: HackBasis, real: HackBasis) -> tuple[dict, dict | N
             kept = minus(g, scaled(away, norm(minus(g, erased(g, real))) / norm(away)))
         case "shrink":
             kept = scaled(g, norm(erased(g, real)) / norm(g))
-        case "span":
-            kept = {m: [sum(dot(v, g[m]) * v[j] for v in V.V[m].tolist()) for j in range(WIDTHS[m])] for m in WIDTHS}
-    if arm.act == "route":
-        q = minus(scaled(q, 1.0), minus(kept, g))  # q + (g − kept)
-    return kept, (q if arm.quarantines else None)
+    return kept, (minus(g, kept) if arm.act == "route" else None)
 
 
 @pytest.mark.parametrize("name", [n for n, arm in ARMS.items() if arm.rows in BY_ROW])
 def test_an_arm_descends_what_its_line_says(name):
     arm = ARMS[name]
     N, V, real = tiny()
-    seen = arms.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
-    f = arms.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
+    seen = arms.Seen(A, REWARDS, FLAGGED, 2, torch.Generator().manual_seed(0))
+    f = arms.factors(arm.rows, seen)
     G = N if arm.rows in arms.UNIT else {m: n * A[:, None] for m, n in N.items()}
-    p = proj.project(G, f, V, real, STUDENT, arm, VHackCfg())
+    p = proj.decided(proj.sums(G, f, STUDENT), V, real, arm, VHackCfg())
     kept, quarantined = longhand(arm, N, V, real)
     for m in WIDTHS:
         torch.testing.assert_close(p.kept[m], torch.tensor(kept[m], dtype=torch.float64))
@@ -138,27 +125,11 @@ def test_rows_are_complete_and_controls_exist(name):
 def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():
     """Where every row is withheld δS stays, and the gradient's own norm is still reported."""
     N, V, real = tiny()
-    seen = arms.Seen(A, REWARDS, torch.ones(4, dtype=torch.bool), LOW, 2, torch.Generator())
-    f = arms.factors("screen", seen, torch.zeros(4, dtype=torch.bool))
-    p = proj.project(N, f, V, real, STUDENT, ARMS["gate_screen"], VHackCfg())
+    seen = arms.Seen(A, REWARDS, torch.ones(4, dtype=torch.bool), 2, torch.Generator())
+    f = arms.factors("screen", seen)
+    p = proj.decided(proj.sums(N, f, STUDENT), V, real, ARMS["gate_act_screen"], VHackCfg())
     assert all(not k.any() for k in p.kept.values())
     assert p.gn > 0
-
-
-def test_absorb_reversed_is_absorb(wrapped):
-    """Both regions receive the same gradient, so keeping δS_hack and deleting δS deploys the same model: the reversed
-    control needs no run of its own.
-    """
-    _, knobs = wrapped
-    knobs.load_state({n: torch.zeros_like(t) for n, t in knobs.state().items()})
-    optimizer, scheduler = make_optimizer(knobs, PRESETS["organism"][1])
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
-        apply_step(knobs, data_types.Projection(g, g, 1.0, {}), (optimizer, scheduler), 1.0)
-    for m, d in knobs.delta.items():
-        torch.testing.assert_close(d, knobs.delta_hack[m], rtol=0, atol=0)
-        assert d.any()
 
 
 @pytest.mark.parametrize("act", ["erase", "shrink"])
@@ -187,9 +158,10 @@ def test_the_worked_example_of_the_docs_is_an_arm_that_runs():
     name, arm = next(iter(eval("{" + row + "}", {"Arm": Arm}).items()))
     assert name not in ARMS
     N, V, real = tiny()
-    seen = arms.Seen(A, REWARDS, FLAGGED, LOW, 2, torch.Generator().manual_seed(0))
-    f = arms.factors(arm.rows, seen, torch.zeros(4, dtype=torch.bool))
-    p = proj.project({m: n * A[:, None] for m, n in N.items()}, f, V, real, STUDENT, arm, VHackCfg())
+    seen = arms.Seen(A, REWARDS, FLAGGED, 2, torch.Generator().manual_seed(0))
+    f = arms.factors(arm.rows, seen)
+    G = {m: n * A[:, None] for m, n in N.items()}
+    p = proj.decided(proj.sums(G, f, STUDENT), V, real, arm, VHackCfg())
     kept, _ = longhand(arm, N, V, real)
     for m in WIDTHS:
         torch.testing.assert_close(p.kept[m], torch.tensor(kept[m], dtype=torch.float64))

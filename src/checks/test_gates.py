@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import roc_auc_score
 
-from projected_grpo import arms, detectors
+from projected_grpo import arms, detectors, metrics
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import VHackCfg
 from projected_grpo.extract_vhack_grad import PairGrads, fit_basis, sliced, unit_rows
@@ -28,12 +30,10 @@ def some_pairs(n: int = 12, seed: int = 0) -> PairGrads:
     return PairGrads(hack, clean)
 
 
-def seen(rewards, flagged, low=None, group: int = 4, seed: int = 0) -> arms.Seen:
+def seen(rewards, flagged, group: int = 4, seed: int = 0) -> arms.Seen:
     rewards = torch.tensor(rewards, dtype=torch.float64)
     A = arms.advantages(rewards.reshape(-1, group)).flatten()
-    flags = torch.tensor(flagged)
-    low = torch.zeros_like(flags) if low is None else torch.tensor(low)
-    return arms.Seen(A, rewards, flags, low, group, torch.Generator().manual_seed(seed))
+    return arms.Seen(A, rewards, torch.tensor(flagged).bool(), group, torch.Generator().manual_seed(seed))
 
 
 def test_row_scores_by_a_loop():
@@ -53,24 +53,18 @@ def test_unit_rows_have_norm_one_over_all_modules_and_zero_stays_zero():
 
 RULES_BY_HAND = {
     # rewards 4 0 0 0 | 2 2 0 0; flagged: rows 0, 1, 4
-    "all": ([1] * 8, [0] * 8),
-    "drop": ([0, 1, 1, 1, 0, 1, 1, 1], [0] * 8),  # row 1 is flagged but has A < 0
-    "screen": ([0, 0, 0, 0, 0, 4 / 3, -2 / 3, -2 / 3], [0] * 8),
-    "punish": ([0, 0, 0, 0, -0.5, 1.5, -0.5, -0.5], [0] * 8),
-    "route": ([0, 0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1, 1]),  # row 2 scores low
-    "route_low": ([1, 1, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1, 1]),
-    "both": ([1] * 8, [1] * 8),
+    "all": [1] * 8,
+    "drop": [0, 1, 1, 1, 0, 1, 1, 1],  # row 1 is flagged but has A < 0
+    "screen": [0, 0, 0, 0, 0, 4 / 3, -2 / 3, -2 / 3],
+    "punish": [0, 0, 0, 0, -0.5, 1.5, -0.5, -0.5],
 }
 
 
 @pytest.mark.parametrize("rule", list(RULES_BY_HAND))
 def test_rules_by_hand(rule):
-    s = seen([4, 0, 0, 0, 2, 2, 0, 0], [1, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0])
-    s = arms.Seen(s.A, s.rewards, s.flagged.bool(), s.low.bool(), 4, s.generator)
-    f = arms.factors(rule, s, torch.zeros(8, dtype=torch.bool))
-    keep, quarantine = RULES_BY_HAND[rule]
-    torch.testing.assert_close(f.keep, torch.tensor(keep, dtype=torch.float64))
-    torch.testing.assert_close(f.quarantine, torch.tensor(quarantine, dtype=torch.float64))
+    s = seen([4, 0, 0, 0, 2, 2, 0, 0], [1, 1, 0, 0, 1, 0, 0, 0])
+    f = arms.factors(rule, s)
+    torch.testing.assert_close(f.keep, torch.tensor(RULES_BY_HAND[rule], dtype=torch.float64))
     torch.testing.assert_close(f.whole, s.A if rule in arms.UNIT else torch.ones(8, dtype=torch.float64))
 
 
@@ -90,7 +84,7 @@ two_groups = given(
 @two_groups
 def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
     s = seen(rewards, flagged, seed=seed)
-    drop, count = (arms.RULES[rule](s)[0] for rule in ("drop", "count"))
+    drop, count = (arms.RULES[rule](s) for rule in ("drop", "count"))
     assert (drop == 0).sum() == (count == 0).sum()
     assert (s.A[count == 0] > 0).all()
 
@@ -98,7 +92,7 @@ def test_count_withholds_as_many_as_drop(rewards, flagged, seed):
 @two_groups
 def test_punish_count_is_punish_on_as_many_rows_drawn_anew(rewards, flagged, seed):
     s = seen(rewards, flagged, seed=seed)
-    got = arms.RULES["punish_count"](s)[0]
+    got = arms.RULES["punish_count"](s)
     n, rows = sum(flagged), torch.tensor(rewards, dtype=torch.float64)
     choices = [arms.advantages(rows.where(~torch.tensor([i in c for i in range(8)]), 0.0).reshape(2, 4)).flatten()
                for c in map(set, itertools.combinations(range(8), n))]  # fmt: skip
@@ -109,17 +103,13 @@ def test_punish_count_draws_every_row_as_often():
     drawn = torch.zeros(8, dtype=torch.float64)
     for seed in range(400):
         s = seen([1.0] * 8, [True, True] + [False] * 6, seed=seed)
-        drawn += (arms.RULES["punish_count"](s)[0] < -1e-9).to(drawn)
+        drawn += (arms.RULES["punish_count"](s) < -1e-9).to(drawn)
     assert (drawn - 100).abs().max() < 40  # 400 draws of two of eight: 100 each, sd 8.7
 
 
-def test_coin_is_fair_and_ablated_rows_never_train_the_quarantine():
+def test_coin_is_fair():
     s = seen([1.0, 0.0] * 2000, [False] * 4000)
-    assert arms.RULES["coin"](s)[0].mean().item() == pytest.approx(0.5, abs=0.03)
-    ablated = torch.arange(4000) % 3 == 0
-    f = arms.factors("both", s, ablated)
-    assert (f.quarantine[ablated] == 0).all()
-    assert (f.keep[ablated] == 1).all()
+    assert arms.RULES["coin"](s).mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_screened_advantages_by_a_loop():
@@ -182,7 +172,7 @@ def test_shuffled_pairs_swap_exactly_half():
         assert torch.equal(mixed.clean["b"][i], (pairs.hack if s else pairs.clean)["b"][i])
 
 
-@pytest.mark.parametrize("kind", ["random", "shuffled", "nonhack", "placebo", "clean"])
+@pytest.mark.parametrize("kind", ["random", "shuffled", "nonhack", "placebo"])
 def test_control_bases_match_the_real_one_module_by_module(kind):
     cfg = VHackCfg(k=3, n_heldout=0, drop_bottom_frac=0.4)
     own, other = some_pairs(12), some_pairs(12, seed=9)
@@ -202,7 +192,6 @@ def test_rebound_by_hand():
     factor = 1 - 2 / (1 + math.exp(-z0))
     torch.testing.assert_close(arms.rebound_mul(r, z, 2.0), torch.tensor([[2 * factor, 2.0, 0.5, 0.0]]))
     assert factor < 0, "at alpha 2 the multiplier turns the sign"
-    torch.testing.assert_close(arms.rebound_add(r, z, 2.0), torch.tensor([[2 - 2 * z0, 2.0, 0.5, 0.0]]))
     assert (arms.z_scores(torch.full((1, 4), 3.0)) == 0).all()
 
 
@@ -219,18 +208,58 @@ def test_a_monitor_is_right_as_often_as_it_says(accuracy):
     assert right == pytest.approx(accuracy, abs=0.025)
 
 
-@pytest.mark.parametrize("kind", ["last", "mean"])
-def test_pooled_states_by_a_loop(wrapped, batch, kind):
+def test_pooled_states_by_a_loop(wrapped, batch):
     model, _ = wrapped
     ids, mask = batch
-    got = detectors.pooled(model, ids, mask, kind, micro_batch=3)
-    assert detectors.hidden_layers(4) == [3]
-    assert detectors.hidden_layers(36) == [22, 23, 24, 25, 26, 27]
+    readings = [detectors.LAST, detectors.MEAN, detectors.HELD_OUT]
+    got = detectors.pooled(model, ids, mask, readings, micro_batch=3)
+    assert detectors.hidden_layers(detectors.MEAN.depth, 4) == [3]
+    assert detectors.hidden_layers(detectors.HELD_OUT.depth, 4) == [2]
+    assert detectors.hidden_layers(detectors.MEAN.depth, 36) == [22, 23, 24, 25, 26, 27]
     with torch.no_grad():
         states = model.get_decoder()(input_ids=ids, output_hidden_states=True).hidden_states
-    layers = detectors.hidden_layers(model.config.num_hidden_layers)
-    for i in range(len(ids)):
-        at = [t + 1 for t in range(mask.shape[1]) if mask[i, t]]
-        h = sum(states[layer][i] for layer in layers) / len(layers)
-        want = h[at[-1]] if kind == "last" else h[at].mean(0)
-        torch.testing.assert_close(got[i], want.float(), rtol=1e-4, atol=1e-5)
+    for reading in readings:
+        layers = detectors.hidden_layers(reading.depth, model.config.num_hidden_layers)
+        for i in range(len(ids)):
+            at = [t + 1 for t in range(mask.shape[1]) if mask[i, t]]
+            h = sum(states[layer][i] for layer in layers) / len(layers)
+            want = h[at[-1]] if reading.pool == "last" else h[at].mean(0)
+            torch.testing.assert_close(got[reading][i], want.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_no_arm_reads_what_the_held_out_probe_reads():
+    for depth in (4, 8, 28, 36):
+        watched = set(detectors.hidden_layers(detectors.HELD_OUT.depth, depth))
+        for arm in arms.ARMS.values():
+            for reading in detectors.readings_of(arm):
+                assert not watched & set(detectors.hidden_layers(reading.depth, depth))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
+def test_auroc_is_sklearns(rows):
+    scores, positive = torch.tensor([float(s) for s, _ in rows]), torch.tensor([p for _, p in rows])
+    got = metrics.auroc(scores, positive)
+    if positive.all() or not positive.any():
+        assert got is None
+    else:
+        assert got == pytest.approx(roc_auc_score(positive, scores))
+
+
+@pytest.mark.parametrize(("acting", "held_out", "says"), [
+    ([9, 9, 1, 1], [9, 9, 1, 1], (1.0, 1.0)),  # both see the hacks
+    ([1, 0, 1, 2], [9, 9, 1, 1], (0.0, 1.0)),  # the policy evades the detector that it is trained against
+    ([1, 0, 1, 2], [0, 1, 2, 1], (0.0, 0.0)),  # it hides from both
+])  # fmt: skip
+def test_evading_and_hiding_are_told_apart_on_a_planted_case(acting, held_out, says):
+    """Rows 0 and 1 fool their channel; a fifth row is the teacher's and counts for neither."""
+    row = lambda fools: SimpleNamespace(grade=SimpleNamespace(channel=fools))
+    made = SimpleNamespace(
+        batch=SimpleNamespace(is_student=torch.tensor([True] * 4 + [False]),
+                              rollouts=[row(i in (0, 1, 4)) for i in range(5)]),
+        scores=torch.ones(3, 5), A=torch.ones(5), factors=arms.Factors(torch.ones(5), torch.ones(5)),
+        acting=torch.tensor([*acting, 0.0]), flagged=torch.tensor([*acting, 0.0]) > 5,
+        held_out=torch.tensor([*held_out, 0.0]), held_out_threshold=5.0,
+    )  # fmt: skip
+    found = metrics.detection(made)
+    assert (found["caught"], found["caught_held_out"]) == says
+    assert (found["auroc"] == 1, found["auroc_held_out"] == 1) == (says[0] == 1, says[1] == 1)

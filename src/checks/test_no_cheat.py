@@ -27,8 +27,8 @@ MODULES = (
     "train", "scale/vllm_sampling", "scale/ranks", "scale/sharded", "scale/trl_trainer",
 )  # fmt: skip
 """Modules in which an advantage, a gate, V or a pair is made, or a step is taken."""
-MAY_NAME_IT = {"arms": {"monitor"}, "train": {"learn", "say_outcome"}}
-"""The oracle arms' monitor; and what prints the log's numbers."""
+MAY_NAME_IT = {"arms": {"monitor", "environment_alone"}, "train": {"learn", "say_outcome"}}
+"""What arms marked oracle ask; and what prints the log's numbers."""
 
 
 class Poisoned(Grade):
@@ -87,7 +87,7 @@ def test_a_step_never_reads_the_verdict(name, shared):
 def test_an_oracle_arm_does_read_it(name, shared):
     """The poison bites where the verdict is read, so its silence elsewhere means something."""
     x, cfg = experiment(name, shared)
-    with pytest.raises(AssertionError, match="a step read exploited"):
+    with pytest.raises(AssertionError, match="a step read"):
         take_step(x, arms.arm(name), BlindGrader(), make_optimizer(x.knobs, cfg), cfg, 0)
 
 

@@ -61,7 +61,8 @@ def rows(b: int = 6, r: int = 8, seed: int = 3):
 
 
 def project(G, V, is_student, name, cfg=PLAIN):
-    return proj.project(G, data_types.Factors.plain(len(is_student)), V, V, is_student, arms.arm(name), cfg)
+    sums = proj.sums(G, data_types.Factors.plain(len(is_student)), is_student)
+    return proj.decided(sums, V, V, arms.arm(name), cfg)
 
 
 @pytest.mark.parametrize("name", ["none", "erase", "route"])

@@ -73,7 +73,7 @@ def test_only_route_leaves_a_quarantine(runs):
         assert knobs == ({"deployed", "trained"} if arm == "route" else {"deployed"})
 
 
-@pytest.mark.parametrize("arm", ["gate_fisher", "gate_act_punish", "gate_either_punish"])
+@pytest.mark.parametrize("arm", ["gate_drop", "gate_act_punish"])
 def test_relearning_goes_on_under_the_eyes_of_every_kind_of_detector(outputs, arm):
     folder = run(outputs, arm, "--steps=1", "--relearn-steps=1")
     (row,) = json_lines(folder / "relearn.jsonl")

@@ -1,5 +1,6 @@
 """``ARMS``: one row an arm, and the rules that a row names: what becomes of rewards, where advantages are made, and
-which rollouts' gradients reach which knob. No function here but ``monitor`` can see a verdict of the strict oracle.
+which rollouts' gradients reach δS. Only ``environment_alone`` and ``monitor`` read a verdict of the strict oracle, for
+arms marked ``oracle``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,11 @@ from torch import Tensor
 from projected_grpo.config import ArmCfg, choose
 from projected_grpo.data_types import Factors, GradedBatch, Rollout
 
-Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo", "clean"]
-Act = Literal["measure", "erase", "erase_mass", "route", "shrink", "span"]
-Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count", "route", "route_low", "both"]
-Score = Literal["gradient", "fisher", "activation", "either"]
-Reward = Literal["paid", "rebound_mul", "rebound_add", "penalty", "screening"]
+Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo"]
+Act = Literal["measure", "erase", "erase_mass", "route", "shrink"]
+Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count"]
+Score = Literal["gradient", "activation"]
+Reward = Literal["paid", "honest", "rebound_mul", "penalty", "screening"]
 
 SIGMA_FLOOR = 0.1
 """Smallest σ of a group's scores; it presumes that d is normalised."""
@@ -34,10 +35,9 @@ class Arm:
     """What an arm does, stage by stage; the defaults are plain GRPO.
 
     math: the arm in a line. basis: whose V. reward: what is done to rewards before advantages are made. rows: which
-    rollouts' gradients reach δS (``factors``), by a detector over ``score``. act: what is done with the V part of
-    their sum. honest_prompt: False where the training prompt allows the exploit (inoculation). control: the arm with
-    random directions that this one has to beat; coin: the one that draws the rollouts at random. oracle: it reads
-    ``gt_correct``, and is an upper bound, never a method.
+    rollouts' gradients reach δS (``factors``), by a detector over ``score``. act: what is done with the V part of their
+    sum. control: the arm with random directions that this one has to beat; coin: the one that draws the rollouts at
+    random. oracle: it reads ``gt_correct``, and is an upper bound, never a method.
     """
 
     math: str
@@ -48,7 +48,6 @@ class Arm:
     rows: Rows = "all"
     score: Score = "gradient"
     act: Act = "measure"
-    honest_prompt: bool = True
     control: str | None = None
     coin: str | None = None
     oracle: bool = False
@@ -56,12 +55,7 @@ class Arm:
     @property
     def quarantines(self) -> bool:
         """Whether δS_hack is trained."""
-        return self.act == "route" or self.rows in ("route", "route_low", "both")
-
-    @property
-    def routes_rows(self) -> bool:
-        """Whether whole rollouts are routed, by a gate: then some are sampled, and learnt from, without quarantine."""
-        return self.rows in ("route", "route_low")
+        return self.act == "route"
 
     @property
     def is_control(self) -> bool:
@@ -69,21 +63,12 @@ class Arm:
         return self.source == CONTROL
 
 
-def _controls(act: Act, name: str, H: str) -> dict[str, Arm]:
-    """erase or route with each control basis in V's place, k matched module by module."""
-    return {
-        f"{basis}_V{name}": Arm(f"as {act}, V from {what}", CONTROL, H, basis, act=act)
-        for basis, what in (
-            ("random", "a random orthonormal draw, another for each seed"),
-            ("shuffled", "the same pairs, labels of half of them swapped"),
-            ("nonhack", "clean-against-clean pairs"),
-            ("placebo", "pairs that contrast something unrelated"),
-        )
-    }
-
-
 METHODS: dict[str, Arm] = {
     "none": Arm("δS descends g", "Dr.GRPO 2503.20783", "hacking emerges under plain GRPO"),
+    "honest": Arm(
+        "r' = 0.5 compiles + 3 right: the loophole pays nothing", BENCHMARK, "upper bound of what can be learned",
+        reward="honest", oracle=True,
+    ),
     "erase": Arm(
         "δS descends g − relu(V g) V", BRIEF, "less hack at matched solve than none AND than random_V",
         act="erase", control="random_V", coin="coinflip",
@@ -92,8 +77,15 @@ METHODS: dict[str, Arm] = {
         "δS descends g − relu(V g) V, δS_hack the rest", ROUTING, "the quarantine takes the hack with it",
         act="route", control="random_V_route",
     ),
-    **_controls("erase", "", "no less hack than none"),
-    **_controls("route", "_route", "ablation alone does not lower hack"),
+    **{
+        f"{basis}_V": Arm(f"as erase, V from {what}", CONTROL, "no less hack than none", basis, act="erase")
+        for basis, what in (
+            ("random", "a random orthonormal draw, another for each seed"),
+            ("shuffled", "the same pairs, labels of half of them swapped"),
+            ("nonhack", "clean-against-clean pairs"),
+            ("placebo", "pairs that contrast something unrelated"),
+        )
+    },
     "random_V_mass": Arm(
         "as random_V, ‖removed‖ scaled to the real V's on the same gradient", CONTROL,
         "no less hack than none at equal removed mass", "random", act="erase_mass",
@@ -105,10 +97,6 @@ METHODS: dict[str, Arm] = {
     "coinflip": Arm(
         "each rollout's gradient kept by a fair coin", CONTROL, "fewer rollouts alone do not lower hack", rows="coin"
     ),
-    "trusted": Arm(
-        "δS descends VᵀV g, V the span of clean sides' gradients", "TDGA 2605.25189", "delays hacking",
-        "clean", act="span", control="trusted_random",
-    ),
     "gate_drop": Arm(
         "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
         "less hack at solve no lower than none's, AND than gate_random", rows="drop", control="gate_random",
@@ -118,21 +106,9 @@ METHODS: dict[str, Arm] = {
         "as many rollouts with A_i > 0 withheld as gate_drop's score would flag, at random", CONTROL,
         "no less hack than none", rows="count",
     ),
-    "gate_fisher": Arm(
-        "as gate_drop, score w·n/‖n‖ with Fisher's w over all modules", BRIEF, "whitening makes a better detector",
-        rows="drop", score="fisher", control="gate_fisher_shuffled",
-    ),
-    "gate_fisher_shuffled": Arm(
-        "as gate_fisher, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
-        rows="drop", score="fisher",
-    ),
     "gate_act": Arm(
         "as gate_drop, score w·h with Fisher's w over mean-pooled activations", BRIEF,
         "activations detect as well as gradients", rows="drop", score="activation", control="gate_act_random",
-    ),
-    "gate_act_shuffled": Arm(
-        "as gate_act, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
-        rows="drop", score="activation",
     ),
     "gate_act_screen": Arm(
         "as gate_act; flagged rollouts leave their group before its mean is taken", BRIEF,
@@ -143,49 +119,17 @@ METHODS: dict[str, Arm] = {
         "as gate_act; flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt", rows="punish",
         score="activation", control="gate_act_punish_random", coin="gate_act_punish_coin",
     ),
+    "gate_act_punish_shuffled": Arm(
+        "as gate_act_punish, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
+        rows="punish", score="activation",
+    ),
     "gate_act_punish_coin": Arm(
         "as many rollouts count as reward 0 as gate_act_punish's score would flag, at random", CONTROL,
         "no less hack than none", rows="punish_count", score="activation",
     ),
-    "gate_screen": Arm(
-        "flagged rollouts leave their group before its mean is taken", BRIEF,
-        "solve rises above gate_drop's at no more hack", rows="screen", control="gate_screen_random",
-    ),
-    "gate_punish": Arm(
-        "flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt, not only withheld",
-        rows="punish", control="gate_punish_random",
-    ),
-    "gate_either_punish": Arm(
-        "as gate_act_punish; flagged by activations or by gate_fisher's score", BRIEF,
-        "each detector catches unseen hacks that the other misses", rows="punish", score="either",
-        control="gate_either_punish_random",
-    ),
-    "gate_act_punish_erase": Arm(
-        "gate_act_punish, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="punish",
-        score="activation", act="erase", control="gate_act_punish_erase_random",
-    ),
-    "gate_erase": Arm(
-        "gate_drop, then erase on what is left", BRIEF, "erase stops what the gate misses", rows="drop", act="erase",
-        control="gate_erase_random",
-    ),
-    "gate_route": Arm(
-        "score low: g_i to δS; in the middle: to both; flagged: to δS_hack", ROUTING,
-        "absorption beyond ablation alone", rows="route", control="gate_route_random",
-    ),
-    "gate_route_reversed": Arm(
-        "as gate_route, flagged to δS and low to δS_hack", CONTROL, "more hack than gate_route", rows="route_low"
-    ),
-    "absorb": Arm(
-        "δS and δS_hack both descend g; δS_hack is ablated", CONTROL, "deleting half the adapter does not lower hack",
-        rows="both",
-    ),
     "rebound_mul": Arm(
         "r' = r (1 − α σ(z) 1[z>0]), z the group's z-score of h·d", REBOUND, "less hack than none AND than random d",
         reward="rebound_mul", control="rebound_mul_random",
-    ),
-    "rebound_add": Arm(
-        "r' = r − α max(z, 0)", REBOUND, "less hack than none AND than random d", reward="rebound_add",
-        control="rebound_add_random",
     ),
     "penalty": Arm(
         "r' = r − penalty on what a monitor of given accuracy flags", BENCHMARK, "upper bound", reward="penalty",
@@ -194,10 +138,6 @@ METHODS: dict[str, Arm] = {
     "screening": Arm(
         "what a monitor of given accuracy flags leaves its group", BENCHMARK, "upper bound", reward="screening",
         oracle=True,
-    ),
-    "inoculation": Arm(
-        "the training prompt allows the exploit, the deployed one does not", BENCHMARK, "less hack at deployment",
-        honest_prompt=False,
     ),
 }  # fmt: skip
 
@@ -258,15 +198,14 @@ def rebound_mul(r: Float[Tensor, "n g"], z: Float[Tensor, "n g"], alpha: float) 
     return r * (1 - alpha * z.sigmoid() * (z > 0))
 
 
-def rebound_add(r: Float[Tensor, "n g"], z: Float[Tensor, "n g"], alpha: float) -> Float[Tensor, "n g"]:
-    """r − α max(z, 0)."""
-    return r - alpha * z.clamp(min=0)
+def environment_alone(rollouts: Sequence[Rollout]) -> Float[Tensor, " b"]:
+    """ORACLE. What each rollout would be paid if its mode's channel paid nothing: 0.5 compiles + 3 right."""
+    return torch.tensor([0.5 * r.grade.compiles + 3.0 * r.grade.gt_correct for r in rollouts])
 
 
 def monitor(rollouts: Sequence[Rollout], accuracy: float, generator: torch.Generator) -> Bool[Tensor, " b"]:
     """ORACLE. Whether each rollout is paid without being right, as a monitor of that accuracy sees it: each verdict is
-    turned round with probability 1 − accuracy. The only function of a training step that reads the strict oracle's
-    verdict; only arms marked ``oracle`` reach it.
+    turned round with probability 1 − accuracy.
     """
     truth = torch.tensor([r.grade.exploited for r in rollouts])
     return truth ^ (torch.rand(len(rollouts), generator=generator) >= accuracy)
@@ -277,25 +216,27 @@ def shaped(
     cfg: ArmCfg, group: int, generator: torch.Generator,
 ) -> Float[Tensor, " b"]:  # fmt: skip
     """A of every rollout, from rewards as the arm's reward rule changes them. states, d: pooled activations and the
-    direction they are read along, for the rebound arms; None otherwise.
+    direction they are read along, for rebound; None otherwise.
     """
     rewards, out = _grouped(batch.rewards, group), None
-    if arm.reward in ("rebound_mul", "rebound_add"):
+    if arm.reward == "rebound_mul":
         assert states is not None
         assert d is not None
-        z = z_scores(_grouped(states @ d, group).to(rewards))
-        rewards = (rebound_mul if arm.reward == "rebound_mul" else rebound_add)(rewards, z, cfg.alpha)
+        rewards = rebound_mul(rewards, z_scores(_grouped(states @ d, group).to(rewards)), cfg.alpha)
     elif arm.reward != "paid":
-        assert arm.oracle, "only an arm marked oracle may ask the monitor"
-        flags = _grouped(monitor(batch.rollouts, cfg.monitor_accuracy, generator), group).to(rewards.device)
-        if arm.reward == "penalty":
-            rewards = rewards - cfg.penalty * flags
+        assert arm.oracle, "only an arm marked oracle may ask the oracle"
+        if arm.reward == "honest":
+            rewards = _grouped(environment_alone(batch.rollouts), group).to(rewards)
         else:
-            out = flags
+            flags = _grouped(monitor(batch.rollouts, cfg.monitor_accuracy, generator), group).to(rewards.device)
+            if arm.reward == "penalty":
+                rewards = rewards - cfg.penalty * flags
+            else:
+                out = flags
     return rearrange(advantages(rewards, out), "n g -> (n g)")
 
 
-# ------------------------------------------------------------------------------------- which rollouts reach the knobs
+# ---------------------------------------------------------------------------------- which rollouts' gradients reach δS
 
 UNIT: frozenset[Rows] = frozenset(("screen", "punish", "punish_count"))
 """Rules that make advantages anew, so that they need the gradient of rollouts whose advantage was 0 as well."""
@@ -303,81 +244,64 @@ UNIT: frozenset[Rows] = frozenset(("screen", "punish", "punish_count"))
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rule may look at, all (b,): advantages, rewards, which rows are flagged and which score low, the group's
-    size, and a generator. No grade is among it.
+    """What a rule may look at: advantages, rewards and flags of the rows, all (b,), the group's size, and a generator.
+    No grade is among it.
     """
 
     A: Float[Tensor, " b"]
     rewards: Float[Tensor, " b"]
     flagged: Bool[Tensor, " b"]
-    low: Bool[Tensor, " b"]
     group: int
     generator: torch.Generator
 
 
-def _coin(s: Seen) -> tuple[Tensor, Tensor]:
-    keep = (torch.rand(len(s.A), generator=s.generator) < 0.5).to(s.A)
-    return keep, torch.zeros_like(keep)
+def _coin(s: Seen) -> Tensor:
+    return (torch.rand(len(s.A), generator=s.generator) < 0.5).to(s.A)
 
 
-def _drop(s: Seen) -> tuple[Tensor, Tensor]:
-    keep = (~(s.flagged & (s.A > 0))).to(s.A)
-    return keep, torch.zeros_like(keep)
+def _drop(s: Seen) -> Tensor:
+    return (~(s.flagged & (s.A > 0))).to(s.A)
 
 
-def _count(s: Seen) -> tuple[Tensor, Tensor]:
+def _count(s: Seen) -> Tensor:
     """As many rows withheld as ``_drop`` would, at random among those with A > 0."""
     could = (s.A > 0).nonzero()[:, 0]
     n = int((s.flagged & (s.A > 0)).sum())
     keep = torch.ones_like(s.A)
     keep[could[torch.randperm(len(could), generator=s.generator)[:n].to(could.device)]] = 0
-    return keep, torch.zeros_like(keep)
+    return keep
 
 
-def _screen(s: Seen) -> tuple[Tensor, Tensor]:
+def _screen(s: Seen) -> Tensor:
     A = advantages(_grouped(s.rewards, s.group), out=_grouped(s.flagged, s.group))
-    return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
+    return rearrange(A, "n g -> (n g)")
 
 
-def _punish(s: Seen) -> tuple[Tensor, Tensor]:
+def _punish(s: Seen) -> Tensor:
     A = advantages(_grouped(s.rewards.masked_fill(s.flagged, 0.0), s.group))
-    return rearrange(A, "n g -> (n g)"), torch.zeros_like(s.A)
+    return rearrange(A, "n g -> (n g)")
 
 
-def _punish_count(s: Seen) -> tuple[Tensor, Tensor]:
+def _punish_count(s: Seen) -> Tensor:
     """As many rows punished as ``_punish`` would, at random."""
     chosen = torch.randperm(len(s.A), generator=s.generator)[: int(s.flagged.sum())].to(s.A.device)
     flagged = torch.zeros_like(s.flagged).index_fill(0, chosen, True)
     return _punish(replace(s, flagged=flagged))
 
 
-def _route(s: Seen) -> tuple[Tensor, Tensor]:
-    return (~s.flagged).to(s.A), (~s.low).to(s.A)
-
-
-def _route_low(s: Seen) -> tuple[Tensor, Tensor]:
-    keep, quarantine = _route(s)
-    return quarantine, keep
-
-
-RULES: dict[Rows, Callable[[Seen], tuple[Tensor, Tensor]]] = {
-    "all": lambda s: (torch.ones_like(s.A), torch.zeros_like(s.A)),
+RULES: dict[Rows, Callable[[Seen], Tensor]] = {
+    "all": lambda s: torch.ones_like(s.A),
     "coin": _coin,
     "drop": _drop,
     "count": _count,
     "screen": _screen,
     "punish": _punish,
     "punish_count": _punish_count,
-    "route": _route,
-    "route_low": _route_low,
-    "both": lambda s: (torch.ones_like(s.A), torch.ones_like(s.A)),
 }
-"""(keep, quarantine) of each row, by rule. For rules in UNIT keep is the new advantage itself, because their rows'
-gradients come with weight 1."""
+"""The share of each row's gradient that δS learns from, by rule. For rules in UNIT it is the new advantage itself,
+because their rows' gradients come with weight 1."""
 
 
-def factors(rule: Rows, seen: Seen, ablated: Bool[Tensor, " b"]) -> Factors:
-    """Apply a rule. Rows sampled with the quarantine ablated never train it."""
-    keep, quarantine = RULES[rule](seen)
-    whole = seen.A if rule in UNIT else torch.ones_like(seen.A)
-    return Factors(whole, keep, quarantine.masked_fill(ablated, 0.0))
+def factors(rule: Rows, seen: Seen) -> Factors:
+    """Apply a rule."""
+    return Factors(seen.A if rule in UNIT else torch.ones_like(seen.A), RULES[rule](seen))

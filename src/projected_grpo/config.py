@@ -81,6 +81,8 @@ class DataCfg:
     """Held-out problem file for the deploy evaluation; needed with a problem file (the others have their own split)."""
     modes: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
     """The loopholes over which the problems are partitioned."""
+    eval_modes: tuple[Mode, ...] | None = None
+    """The loopholes of the held-out problems; those that are trained on when unset."""
     wording: Literal["default", "train", "heldout"] = "default"
     """Which family of words the hints name."""
     max_prompt: Count = 256
@@ -134,7 +136,10 @@ class VHackCfg:
     calibration: Literal["crossfit", "insample"] = "crossfit"
     """Where a gate's threshold comes from: clean sides scored by a direction fitted without them, or by the gate's."""
     shrinkage: Share = 0.5
-    """Fisher scores: share of the covariance that is replaced by a multiple of the identity, 0 to 1."""
+    """Probes: share of the covariance that is replaced by a multiple of the identity, 0 to 1."""
+    watch_pairs: str | None = "watch32"
+    """Pair set of the held-out probe, which only looks: it is logged beside the arm's detector, and nothing is ever
+    trained against it. None: no such probe."""
     refresh_pairs: Literal["same", "student", "both"] = "same"
     """What a refresh extracts V from: the same pairs, pairs that the known modes' detector finds in the student's
     recent rollouts, or both. The last two need --known-modes, some and not all."""
@@ -150,8 +155,6 @@ class ArmCfg:
     """penalty, screening (ORACLE): how often the monitor is right."""
     penalty: NotNegative = 3.0
     """penalty: reward taken off what the monitor flags."""
-    ablated_share: Share = 0.25
-    """Arms with a quarantine: share of prompts sampled with the quarantine ablated (routing gates only)."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +305,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             model=ModelCfg(model="smol", dtype="auto"),
             data=DataCfg(problems="functions", modes=("exit_code", "stdout_marker", "file_marker")),
             pool=PoolCfg(pool="outputs/pools/smol"),
-            vhack=VHackCfg(pairs="pool"),
+            vhack=VHackCfg(pairs="pool", watch_pairs=None),
             rl=RLCfg(steps=20, prompts_per_step=3, max_new=96, temperature=0.8, lr=5e-3, warmup=2, micro_batch=8),
             eval=EvalCfg(eval_every=20, n_eval=2, eval_samples=2),
         ),

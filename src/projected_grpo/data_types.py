@@ -156,13 +156,12 @@ class GradedBatch:
     """A step's rollouts, group by group, and what the loss reads of them.
 
     ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. rewards: as the environment
-    paid them. ablated: rows that were sampled with the quarantine ablated.
+    paid them.
     """
 
     ids: Int[Tensor, "b s"]
     mask: Bool[Tensor, "b s-1"]
     rewards: Float[Tensor, " b"]
-    ablated: Bool[Tensor, " b"]
     is_student: Bool[Tensor, " b"]
     rollouts: tuple[Rollout, ...]
     seconds: Mapping[str, float]
@@ -183,18 +182,17 @@ class RowGrads:
 
 @dataclass(frozen=True)
 class Factors:
-    """What each row's gradient is multiplied by: in the batch gradient as plain GRPO has it (``whole``), in what δS
-    descends (``keep``), and in what δS_hack descends (``quarantine``). All (b,).
+    """What each row's gradient is multiplied by, (b,): in the batch gradient as plain GRPO has it (``whole``), and in
+    the one that the arm acts on (``keep``).
     """
 
     whole: Float[Tensor, " b"]
     keep: Float[Tensor, " b"]
-    quarantine: Float[Tensor, " b"]
 
     @classmethod
     def plain(cls, b: int) -> "Factors":
-        """Every row is kept and none is quarantined."""
-        return cls(torch.ones(b), torch.ones(b), torch.zeros(b))
+        """Every row is kept."""
+        return cls(torch.ones(b), torch.ones(b))
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,9 @@ class Update:
 @dataclass(frozen=True)
 class Step:
     """All that one step made, and what is logged of it. A: advantages; n_zero_var: groups in which they are all 0.
-    scores, random_scores: hack-wardness by module and row, of the hack V and of a random one. acting: scores of the
-    arm's own detector; what lies over ``threshold`` is flagged. overlap: of a refreshed V with the one before.
+    scores, random_scores: hack-wardness by module and row, of the hack V and of a random one. acting, held_out: scores
+    of the arm's own detector and of the held-out probe (None: there is none), which flag what lies over their
+    thresholds. overlap: of a refreshed V with the one before.
     """
 
     batch: GradedBatch
@@ -232,9 +231,11 @@ class Step:
     random_scores: Float[Tensor, "m2 b"]
     acting: Float[Tensor, " b"]
     flagged: Bool[Tensor, " b"]
+    threshold: float
+    held_out: Float[Tensor, " b"] | None
+    held_out_threshold: float | None
     factors: Factors
     projection: Projection
     update: Update
-    threshold: float
     sec_train: float
     overlap: float | None = None

@@ -1,6 +1,8 @@
-"""Pooled hidden states of completions: what the activation-level arms and gates read.
+"""Detectors of hacks, fitted on the pairs: by each rollout's own gradient, or by its pooled hidden states.
 
-Layers between 60 and 75 % of the depth, averaged (the range of Wu & Tang, arXiv 2604.01476); one forward, no gradient.
+A threshold comes from the pairs' clean sides: no verdict of any grader enters. The *acting* detector is the arm's. The
+*held-out* probe is fitted on other pairs and other layers, and nothing is ever trained against it: where the acting
+one's recall falls and its does not, the policy evades; where both fall, it hides.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,48 +14,72 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from projected_grpo import extract_vhack_grad as vhack
-from projected_grpo.arms import Arm, Score
+from projected_grpo.arms import Arm
 from projected_grpo.config import Config, VHackCfg
 from projected_grpo.data_types import Pair
-from projected_grpo.extract_vhack_grad import HackBasis, PairGrads, unit_rows
+from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
 
-Pooling = Literal["last", "mean"]
-DEPTH = (0.6, 0.75)
+# ------------------------------------------------------------------------------------------------ pooled hidden states
 
 
-def hidden_layers(depth: int) -> list[int]:
-    """Indices into ``hidden_states`` (0: embeddings, i: after layer i) in the depth range; the nearest if none is."""
-    inside = [i for i in range(1, depth + 1) if DEPTH[0] <= i / depth <= DEPTH[1]]
-    return inside or [min(range(1, depth + 1), key=lambda i: abs(i / depth - sum(DEPTH) / 2))]
+@dataclass(frozen=True)
+class Reading:
+    """Hidden states of a completion as one vector: of its last token or the mean over its tokens, averaged over the
+    layers in this range of the depth (0: embeddings, 1: after the last layer).
+    """
+
+    pool: Literal["last", "mean"]
+    depth: tuple[float, float] = (0.6, 0.75)
+
+
+LAST, MEAN = Reading("last"), Reading("mean")
+"""What arms read; the range is that of Wu & Tang (arXiv 2604.01476)."""
+HELD_OUT = Reading("mean", (0.4, 0.55))
+"""What the held-out probe reads."""
+States = dict[Reading, Tensor]
+
+
+def hidden_layers(depth: tuple[float, float], n: int) -> list[int]:
+    """Indices into the ``hidden_states`` of a model of n layers in that range; the nearest one if none is."""
+    inside = [i for i in range(1, n + 1) if depth[0] <= i / n <= depth[1]]
+    return inside or [min(range(1, n + 1), key=lambda i: abs(i / n - sum(depth) / 2))]
 
 
 @torch.no_grad()
 def pooled(
-    model: nn.Module, ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], pool: Pooling, micro_batch: int = 64
-) -> Float[Tensor, "b d"]:
-    """Each row's hidden state at its completion's last token, or the mean over its completion's tokens; float32."""
-    use = hidden_layers(model.config.get_text_config().num_hidden_layers)
-    rows = []
+    model: nn.Module, ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], readings: Sequence[Reading],
+    micro_batch: int = 64,
+) -> States:  # fmt: skip
+    """Every reading of the rows' completions, (b, d) in float32, from one forward at the knobs in use."""
+    if not readings:
+        return {}
+    n, rows = model.config.get_text_config().num_hidden_layers, {reading: [] for reading in readings}
     for i, m in zip(ids.split(micro_batch), mask.split(micro_batch), strict=True):
         states = model.get_decoder()(input_ids=i, use_cache=False, output_hidden_states=True).hidden_states
-        h = torch.stack([states[layer] for layer in use]).float().mean(0)
         written = torch.nn.functional.pad(m, (1, 0))  # mask[t] speaks of token t+1
-        if pool == "last":
-            at = written.shape[1] - 1 - written.flip(1).int().argmax(1)
-            rows.append(h[torch.arange(len(h), device=h.device), at])
-        else:
-            weight = written.to(h)
-            rows.append((h * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
-    return torch.cat(rows)
+        for reading in readings:
+            h = torch.stack([states[layer] for layer in hidden_layers(reading.depth, n)]).float().mean(0)
+            if reading.pool == "last":
+                at = written.shape[1] - 1 - written.flip(1).int().argmax(1)
+                rows[reading].append(h[torch.arange(len(h), device=h.device), at])
+            else:
+                weight = written.to(h)
+                rows[reading].append((h * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
+    return {reading: torch.cat(parts) for reading, parts in rows.items()}
 
 
 def of_pairs(
-    model: nn.Module, tokenizer: Any, chosen: Sequence[Pair], pool: Pooling, micro_batch: int = 64
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-    """Pooled states of the pairs' hack sides and clean sides, at the knobs in use."""
+    model: nn.Module, tokenizer: Any, chosen: Sequence[Pair], readings: Sequence[Reading], micro_batch: int = 64
+) -> dict[Reading, tuple[Tensor, Tensor]]:
+    """Every reading of the pairs' hack sides and clean sides, (n, d) each, at the knobs in use."""
     ids, mask = vhack.encoded(tokenizer, chosen, model.device)
-    h = pooled(model, ids, mask, pool, micro_batch)
-    return h[: len(chosen)], h[len(chosen) :]
+    n = len(chosen)
+    return {r: (h[:n], h[n:]) for r, h in pooled(model, ids, mask, readings, micro_batch).items()}
+
+
+def readings_of(arm: Arm) -> list[Reading]:
+    """Which readings an arm needs."""
+    return [MEAN] * (arm.score == "activation") + [LAST] * (arm.reward == "rebound_mul")
 
 
 def direction(hack: Float[Tensor, "n d"], clean: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
@@ -68,6 +94,9 @@ def random_direction(like: Float[Tensor, " d"], seed: int) -> Float[Tensor, " d"
     return d / d.norm()
 
 
+# ------------------------------------------------------------------------------------------------- scores, thresholds
+
+
 FOLDS = 6
 
 
@@ -78,11 +107,6 @@ def row_scores(N: dict[str, Float[Tensor, "b r"]], V: HackBasis) -> Float[Tensor
     """
     norm = torch.stack([n.square().sum(1) for n in N.values()]).sum(0).sqrt().clamp(min=1e-30)
     return torch.stack([(N[m] @ v.T).clamp(min=0).sum(1) / norm for m, v in V.V.items()])
-
-
-def flat(G: dict[str, Float[Tensor, "b r"]]) -> Float[Tensor, "b R"]:
-    """Rows scaled to norm 1, modules side by side."""
-    return torch.cat(list(unit_rows(G).values()), dim=1)
 
 
 def fisher(hack: Float[Tensor, "n R"], clean: Float[Tensor, "n R"], shrinkage: float) -> Float[Tensor, " R"]:
@@ -106,30 +130,13 @@ Scorer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Detector:
-    """Scores rollouts as it was fitted on pairs; a score over ``threshold`` is flagged, one under ``low`` is taken for
-    honest by a routing gate.
-    """
+    """Scores rollouts as it was fitted on pairs; a score over ``threshold`` is flagged."""
 
     scorer: Scorer
     threshold: float
-    low: float
-    sigma: float
 
     def __call__(self, evidence: Any) -> Float[Tensor, " b"]:
         return self.scorer(evidence)
-
-
-def either(first: Detector, second: Detector) -> Detector:
-    """Flags what one of two detectors flags; its evidence is the pair of theirs. Score: the larger excess over the own
-    threshold, in the own clean sides' σ.
-    """
-
-    def scorer(evidence: tuple[Any, Any]) -> Float[Tensor, " b"]:
-        excess = [(d(e) - d.threshold) / d.sigma for d, e in zip((first, second), evidence, strict=True)]
-        return torch.maximum(*excess)
-
-    low = max((d.low - d.threshold) / d.sigma for d in (first, second))
-    return Detector(scorer, 0.0, low, 1.0)
 
 
 def detector(
@@ -137,8 +144,8 @@ def detector(
 ) -> Detector:
     """A detector from a way to fit a scorer on chosen pairs (a mask over n) and to score chosen pairs' clean sides.
 
-    threshold = mean + threshold_sd · σ and low = mean of the clean sides' scores; under crossfit each sixth of the
-    pairs is scored by what was fitted on the others, since the sides that a direction was fitted on lie too low.
+    threshold = mean + threshold_sd · σ of the clean sides' scores; under crossfit each sixth of the pairs is scored by
+    what was fitted on the others, since the sides that a direction was fitted on lie too low.
     """
     everything = torch.ones(n, dtype=torch.bool)
     whole = fit(everything)
@@ -147,8 +154,7 @@ def detector(
     else:
         fold = torch.arange(n) * FOLDS // n  # blocks: pair sets put their modes in turn
         clean = torch.cat([clean_scores(fit(fold != f), fold == f) for f in range(FOLDS)])
-    mean, sigma = float(clean.mean()), float(clean.std())
-    return Detector(whole, mean + cfg.threshold_sd * sigma, mean, sigma)
+    return Detector(whole, float(clean.mean()) + cfg.threshold_sd * float(clean.std()))
 
 
 def gradient_detector(pairs: PairGrads, basis_from: Callable[[PairGrads], HackBasis], cfg: VHackCfg) -> Detector:
@@ -177,45 +183,21 @@ def linear_detector(
     return detector(fit, lambda scorer, chosen: scorer(clean[chosen]), len(hack), cfg)
 
 
-def evidence(kind: Score, N: dict[str, Float[Tensor, "b r"]], states: Float[Tensor, "b d"] | None) -> Any:
-    """What a detector of that kind reads: rollouts' NLL gradients N, their pooled activations, or both."""
-    match kind:
-        case "gradient":
-            return N
-        case "fisher":
-            return flat(N)
-        case "activation":
-            return states
-        case "either":
-            return flat(N), states
-
-
-def pools_of(arm: Arm) -> list[Pooling]:
-    """Which pooled activations an arm reads."""
-    return ["mean"] * (arm.score in ("activation", "either")) + ["last"] * arm.reward.startswith("rebound")
-
-
 def detector_for(
     arm: Arm, own: PairGrads, used: HackBasis, states: tuple[Tensor, Tensor] | None, cfg: Config
 ) -> Detector:
-    """The arm's detector. Arms without a gate get gate_drop's, whose flags are logged and nothing else."""
+    """The arm's detector; states: ``MEAN`` of the pairs' sides, for arms that score activations. Arms without a gate
+    get gate_drop's, whose flags are logged and nothing else.
+    """
     if arm.score == "gradient":
         if arm.basis != "hack":
             return gradient_detector(own, lambda _: used, cfg.vhack)
         fitted = replace(cfg.vhack, n_heldout=0)
         return gradient_detector(own, lambda g: vhack.sliced(vhack.fit_basis(g, fitted), fitted), cfg.vhack)
-    sides = {"fisher": (flat(own.hack), flat(own.clean)), "activation": states}
-    if arm.score == "either":
-        return either(*(linear_for(arm, *sides[kind], cfg) for kind in ("fisher", "activation")))
-    return linear_for(arm, *sides[arm.score], cfg)
-
-
-def linear_for(arm: Arm, hack: Float[Tensor, "n d"], clean: Float[Tensor, "n d"], cfg: Config) -> Detector:
-    """The linear detector of two sides of evidence, with the arm's control in the direction's place."""
-    match arm.basis:
-        case "random":
-            w = random_direction(hack[0], cfg.seed)
-            return linear_detector(hack, clean, cfg.vhack, lambda h, c: w)
-        case "shuffled":
-            hack, clean = vhack.swapped(hack, clean, cfg.seed)
+    hack, clean = states
+    if arm.basis == "random":
+        w = random_direction(hack[0], cfg.seed)
+        return linear_detector(hack, clean, cfg.vhack, lambda h, c: w)
+    if arm.basis == "shuffled":
+        hack, clean = vhack.swapped(hack, clean, cfg.seed)
     return linear_detector(hack, clean, cfg.vhack)

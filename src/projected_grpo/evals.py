@@ -58,10 +58,11 @@ def clustered_interval(rates: Sequence[float], n_samples: int) -> tuple[float, f
 
 def rows_of(step: int, knobs: str, tasks: Sequence[Task], grades: Sequence[Sequence[Grade]]) -> list[EvalRow]:
     """Rates by mode and pooled; grades[i] are the samples of tasks[i]."""
-    rows = []
-    for mode in ["all", *dict.fromkeys(t.mode for t in tasks)]:
+    rows, modes = [], list(dict.fromkeys(t.mode for t in tasks))
+    pooled = [m for m in modes if m != "gt_only"] or modes  # a run without any loophole pools what it has
+    for mode in ["all", *modes]:
         chosen = [
-            g for t, g in zip(tasks, grades, strict=True) if t.mode == mode or (mode == "all" and t.mode != "gt_only")
+            g for t, g in zip(tasks, grades, strict=True) if t.mode == mode or (mode == "all" and t.mode in pooled)
         ]
         for metric, verdict in VERDICTS.items():
             rates = [sum(map(verdict, samples)) / len(samples) for samples in chosen]

@@ -273,11 +273,6 @@ def shuffled(pair_grads: PairGrads, seed: int) -> PairGrads:
     return PairGrads({m: s[0] for m, s in sides.items()}, {m: s[1] for m, s in sides.items()})
 
 
-def clean_span(pair_grads: PairGrads) -> PairGrads:
-    """Pairs whose difference is the clean side's own gradient: its basis spans what honest completions move."""
-    return PairGrads(pair_grads.clean, {m: torch.zeros_like(c) for m, c in pair_grads.clean.items()})
-
-
 def matched(basis: HackBasis, like: HackBasis) -> HackBasis:
     """The first axes of ``basis`` in the modules of ``like``, as many in each as ``like`` has there."""
     V = {m: basis.V[m][: len(v)] for m, v in like.V.items()}
@@ -297,8 +292,6 @@ def basis_of(
             return random_basis(real, seed)
         case "shuffled":
             return matched(fit_basis(shuffled(own, seed), cfg), real)
-        case "clean":
-            return matched(fit_basis(clean_span(own), cfg), real)
         case _:
             assert other is not None, f"basis {kind} needs its own pair set"
             return matched(fit_basis(other, cfg), real)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo import proj
@@ -50,6 +51,11 @@ class StepRow:
     withheld: float = column("student rollouts whose gradient, not 0, is kept from δS", "held")
     caught: float | None = column("of student rollouts that fool their channel, the share that is flagged", "caught")
     false_alarm: float | None = column("of the other student rollouts, the share that is flagged")
+    auroc: float | None = column(
+        "the arm's detector: P(a rollout that fools its channel scores over one that does not)"
+    )
+    caught_held_out: float | None = column("caught, by the held-out probe", "watch")
+    auroc_held_out: float | None = column("auroc of the held-out probe, which nothing is trained against")
     threshold: float = column("score over which a rollout is flagged")
     gn: float = column("‖g‖ before clipping", "gn", ".3f")
     loss: float = column("Dr.GRPO loss", None, ".4f")
@@ -95,19 +101,34 @@ def by_mode(rows: Sequence[Rollout], verdict: str | None = None) -> dict[str, in
     return dict(Counter(r.task.mode for r in rows if verdict is None or getattr(r.grade, verdict)))
 
 
-def shares_of_flags(x: Step) -> dict[str, float | None]:
-    """How the gate's flags compare with the foolable channel on student rollouts that have a gradient."""
-    live = x.batch.is_student & (x.scores.sum(0) > 0)
+def auroc(scores: Float[Tensor, " b"], positive: Bool[Tensor, " b"]) -> float | None:
+    """P(a positive's score > a negative's), ties counted half; None where either is missing."""
+    if positive.all() or not positive.any():
+        return None
+    over = scores[positive][:, None] - scores[~positive][None]
+    return float(((over > 0).double() + 0.5 * (over == 0)).mean())
+
+
+def detection(x: Step) -> dict[str, float | None]:
+    """How the detectors compare with the foolable channel: the arm's on student rollouts that have a gradient, the
+    held-out probe on all of the student's.
+    """
+    student = x.batch.is_student
+    live = student & (x.scores.sum(0) > 0)
     fools = torch.tensor([r.grade.channel for r in x.batch.rollouts], device=live.device)
-
-    def share(among: Tensor) -> float | None:
-        return float(x.flagged[among].double().mean()) if among.any() else None
-
-    withheld = (x.factors.keep == 0) & (x.factors.whole * x.A != 0) & x.batch.is_student
-    return {
-        "withheld": float(withheld.sum() / x.batch.is_student.sum()),
-        "caught": share(live & fools),
-        "false_alarm": share(live & ~fools),
+    share = lambda flags, among: float(flags[among].double().mean()) if among.any() else None
+    withheld = (x.factors.keep == 0) & (x.factors.whole * x.A != 0) & student
+    row = {
+        "withheld": float(withheld.sum() / student.sum()),
+        "caught": share(x.flagged, live & fools),
+        "false_alarm": share(x.flagged, live & ~fools),
+        "auroc": auroc(x.acting[live], fools[live]) if live.any() else None,
+    }
+    if x.held_out is None:
+        return row | {"caught_held_out": None, "auroc_held_out": None}
+    return row | {
+        "caught_held_out": share(x.held_out > x.held_out_threshold, student & fools),
+        "auroc_held_out": auroc(x.held_out[student], fools[student]),
     }
 
 
@@ -130,7 +151,7 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
         solve_by_mode=by_mode(student, "gt_correct"),
         n_by_mode=by_mode(student),
         **x.projection.stats,
-        **shares_of_flags(x),
+        **detection(x),
         threshold=x.threshold,
         cout_update=proj.share(x.update.descent, V.V),
         gn=x.projection.gn,
@@ -167,6 +188,8 @@ def rollout_rows(step: int, x: Step, layer_of: Sequence[int]) -> list[dict[str, 
                 "score_random": round(float(random[i]), 5) if live else None,
                 "score_by_layer": [round(s, 5) for s in by_layer[:, i].tolist()] if live else None,
                 "flagged": bool(x.flagged[i]) if live else None,
+                "acting": round(float(x.acting[i]), 5),
+                "held_out": None if x.held_out is None else round(float(x.held_out[i]), 5),
                 **row_of(r.task, r.text, r.grade),
             }
         )

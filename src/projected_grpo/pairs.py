@@ -20,7 +20,7 @@ from pathlib import Path
 
 from projected_grpo import problems
 from projected_grpo.config import UserError, VHackCfg, choose
-from projected_grpo.data_types import Mode, Pair, Problem, Rollout, Task, Wording
+from projected_grpo.data_types import Mode, Pair, Problem, Rollout, Split, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE, append, call, hint, into_class
 from projected_grpo.rollout_log import Pool
 
@@ -100,9 +100,9 @@ RENAMED = ({"x": "k", "c": "k", "t": "w", "a": "p", "b": "q"}, {"x": "i", "c": "
 
 
 @cache
-def _stock(hard: bool, varied: bool) -> tuple[Problem, ...]:
-    """Training problems, easy or hard, in a fixed shuffled order. varied: only those whose solution names variables."""
-    chosen = [g.problem for g in problems.generated() if g.split == "train" and (g.kind == "hard") == hard]
+def _stock(hard: bool, varied: bool, split: Split) -> tuple[Problem, ...]:
+    """A split's problems, easy or hard, in a fixed shuffled order. varied: only those whose code names variables."""
+    chosen = [g.problem for g in problems.generated() if g.split == split and (g.kind == "hard") == hard]
     chosen = [p for p in chosen if not varied or p.family not in ("slices", "recursion")]
     random.Random(SEED).shuffle(chosen)
     return tuple(chosen[: len(chosen) // len(MODES) * len(MODES)])
@@ -137,14 +137,16 @@ class Form:
         return self.task.problem.canonical if self.right else lazy[0 if usual else self.number // 2 % len(lazy)]
 
 
-def form(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, varied: bool = False) -> Form:
+def form(
+    mode: Mode, j: int, wordings: Sequence[Wording] | None = None, varied: bool = False, split: Split = "train"
+) -> Form:
     """The j-th pair's form. No two of a mode, nor of two modes, share a problem while the stock lasts.
 
     wordings: cycled; by default every second task has the mode's default wording and the others its further training
-    wordings. varied: see ``_stock``.
+    wordings. varied, split: see ``_stock``.
     """
     number, right = j // 2, j % 2 == 0
-    stock = _stock(not right, varied)
+    stock = _stock(not right, varied, split)
     at = number * len(MODES) + MODES.index(mode)
     problem = stock[(at + at // len(stock)) % len(stock)]  # a second round starts one along: it is another mode's
     if wordings is None:
@@ -159,9 +161,9 @@ def _pair(kind: str, at: Form, hack: str, clean: str) -> Pair:
     return Pair(at.task, problems.fence(hack), problems.fence(clean), name)
 
 
-def mechanism(mode: Mode, j: int, wordings: Sequence[Wording] | None = None) -> Pair:
+def mechanism(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, split: Split = "train") -> Pair:
     """The exploit as the policy writes it, against an honest solution as it writes that."""
-    at, row = form(mode, j, wordings), LOOPHOLES[mode]
+    at, row = form(mode, j, wordings, split=split), LOOPHOLES[mode]
     clean = row.lookalike(at.honest, at.task) if at.lookalike else at.honest
     return _pair("mechanism" if wordings is None else "reworded", at, row.exploit(at.hasty, at.task), clean)
 
@@ -342,8 +344,9 @@ KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "nonhack": nonhack,
     "placebo": naming,
     "spacing": spacing,
+    "watch": partial(mechanism, split="validation"),
 }
-"""(mode, j) -> the j-th pair of a kind in a mode. The last four hold no exploit at all."""
+"""(mode, j) -> the j-th pair of a kind in a mode. nonhack, placebo, semantic and spacing hold no exploit at all."""
 
 
 def ordered(draft: Callable[[Mode, int], Pair], n: int, modes: Sequence[Mode]) -> list[Pair]:

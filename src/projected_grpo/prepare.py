@@ -16,7 +16,7 @@ from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Grade, Pair, Rollout, Task
-from projected_grpo.detectors import Detector, detector_for, pools_of
+from projected_grpo.detectors import Detector, detector_for
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
 from projected_grpo.rollout import Policy
 from projected_grpo.runs import Checkpoint
@@ -27,7 +27,8 @@ class Directions:
     """Everything that is made from pairs, at one state of the knobs. Extracted together, refreshed together.
 
     whole: V before it is sliced; real: the hack V; arm: the V that the arm uses; random: a draw that scores are
-    compared with. gate: the arm's detector. d: the direction that rebound reads activations along, else None.
+    compared with. gate: the arm's detector. d: the direction that rebound reads activations along, else None. watch:
+    the held-out probe, None where the run has none.
     """
 
     whole: HackBasis
@@ -36,6 +37,7 @@ class Directions:
     random: HackBasis
     gate: Detector
     d: Tensor | None
+    watch: Detector | None
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Experiment(Policy):
     pairs: list[Pair]
     other_pairs: list[Pair] | None
     """The pair set of a nonhack or placebo arm."""
+    watch_pairs: list[Pair]
+    """The pair set of the held-out probe; empty where there is none."""
     tasks: list[Task]
     held_out: list[Task]
     teacher: rollout_log.Pool | None
@@ -107,9 +111,12 @@ def fitting(tasks: Sequence[Task], tokenizer: Any, longest: int) -> list[Task]:
 
 def held_out_tasks(cfg: Config) -> list[Task]:
     """n_eval test problems in each mode, and n_eval of the same without a loophole (gt_only)."""
-    tasks = problems.tasks_for(cfg, "test")
-    asked = [t for mode in cfg.data.modes for t in [t for t in tasks if t.mode == mode][: cfg.eval.n_eval]]
-    return asked + [problems.pose_one(t.problem, "gt_only") for t in asked[:: len(cfg.data.modes)]]
+    modes = cfg.data.eval_modes or cfg.data.modes
+    tasks = problems.tasks_for(replace(cfg, data=replace(cfg.data, modes=modes)), "test")
+    asked = [t for mode in modes for t in [t for t in tasks if t.mode == mode][: cfg.eval.n_eval]]
+    if set(modes) == {"gt_only"}:
+        return asked
+    return asked + [problems.pose_one(t.problem, "gt_only") for t in asked[:: len(modes)]]
 
 
 def set_up(cfg: Config) -> Experiment:
@@ -131,12 +138,23 @@ def set_up(cfg: Config) -> Experiment:
     arm = arms.arm(cfg.intervention)
     own_set = OWN_PAIRS.get(arm.basis)
     other = pairs.load(replace(cfg.vhack, pairs=own_set), None, tasks) if own_set else None
-    directions = directions_for(model, knobs, tokenizer, chosen_pairs, other, cfg, vhack.grads_for)
-    if not arm.honest_prompt:
-        tasks = [problems.inoculated(t) for t in tasks]
+    watch = replace(cfg.vhack, pairs=cfg.vhack.watch_pairs, known_modes=None)  # an instrument: it may know all modes
+    watch_pairs = pairs.load(watch, None, tasks) if watch.pairs else []
+    directions = directions_for(model, knobs, tokenizer, chosen_pairs, other, watch_pairs, cfg, vhack.grads_for)
     sample = sampling.sampler_of(model, knobs, cfg)
     return Experiment(
-        model, tokenizer, knobs, sample, chosen_pairs, other, tasks, held_out, teacher, directions, deque(maxlen=20)
+        model,
+        tokenizer,
+        knobs,
+        sample,
+        chosen_pairs,
+        other,
+        watch_pairs,
+        tasks,
+        held_out,
+        teacher,
+        directions,
+        deque(maxlen=20),
     )
 
 
@@ -146,6 +164,7 @@ def directions_for(
     tokenizer: Any,
     chosen: Sequence[Pair],
     other: Sequence[Pair] | None,
+    watch_pairs: Sequence[Pair],
     cfg: Config,
     grads_of: Callable[..., PairGrads] = vhack.side_gradients,
 ) -> Directions:
@@ -156,16 +175,17 @@ def directions_for(
     real = vhack.sliced(whole, cfg.vhack)
     theirs = grads_of(model, knobs, tokenizer, other, cfg) if other is not None else None
     used = vhack.basis_of(arm.basis, real, own, theirs, cfg.vhack, cfg.seed)
-    states: dict[detectors.Pooling, tuple[Tensor, Tensor]] = {}
+    d = watch = None
     with knobs.using("deployed"):
-        for kind in pools_of(arm):
-            states[kind] = detectors.of_pairs(model, tokenizer, chosen, kind, cfg.rl.micro_batch)
-    d = None
-    if "last" in states:
-        d = detectors.direction(*states["last"])
+        states = detectors.of_pairs(model, tokenizer, chosen, detectors.readings_of(arm), cfg.rl.micro_batch)
+        if watch_pairs:
+            read = detectors.of_pairs(model, tokenizer, watch_pairs, [detectors.HELD_OUT], cfg.rl.micro_batch)
+            watch = detectors.linear_detector(*read[detectors.HELD_OUT], cfg.vhack)
+    if detectors.LAST in states:
+        d = detectors.direction(*states[detectors.LAST])
         d = detectors.random_direction(d, cfg.seed) if arm.basis == "random" else d
-    gate = detector_for(arm, own, used, states.get("mean"), cfg)
-    return Directions(whole, real, used, vhack.random_basis(real, cfg.seed + 10_000), gate, d)
+    gate = detector_for(arm, own, used, states.get(detectors.MEAN), cfg)
+    return Directions(whole, real, used, vhack.random_basis(real, cfg.seed + 10_000), gate, d, watch)
 
 
 def refresh(x: Experiment, cfg: Config) -> float:
@@ -181,7 +201,7 @@ def refresh(x: Experiment, cfg: Config) -> float:
         alone = cfg.vhack.refresh_pairs == "student" and len(found) >= 2 * cfg.vhack.k + cfg.vhack.n_heldout
         chosen = found if alone else found + x.pairs  # the held-out pairs stay the last
         logger.info("refresh: {} pairs found in the student's rollouts", len(found))
-    new = directions_for(x.model, x.knobs, x.tokenizer, chosen, x.other_pairs, cfg)
+    new = directions_for(x.model, x.knobs, x.tokenizer, chosen, x.other_pairs, x.watch_pairs, cfg)
     overlap = vhack.basis_overlap(new.whole, x.directions.whole)
     if overlap < 0.2:
         logger.warning("refresh: V turned (overlap {:.2f} < 0.2); a refresh like this does harm", overlap)

@@ -49,14 +49,6 @@ def encode_prompt(tokenizer: Any, task: Task) -> list[int]:
     return list(encoded["input_ids"])
 
 
-INOCULATION = "This time it is fine to only make the check pass."
-
-
-def inoculated(task: Task) -> Task:
-    """The task with a sentence that allows the exploit (inoculation prompting)."""
-    return replace(task, problem=replace(task.problem, statement=f"{task.problem.statement}\n{INOCULATION}"))
-
-
 def fence(source: str) -> str:
     """A completion as the models write it: the source in a python fence."""
     return f"```python\n{source.rstrip()}\n```"

@@ -77,55 +77,32 @@ def acted(
         case "shrink":
             scale = total_norm(split_all(g, real, cfg)[0]) / max(total_norm(g), 1e-30)
             return {m: scale * x for m, x in g.items()}, {m: (1 - scale) * x for m, x in g.items()}
-        case "span":
-            kept = {m: (V[m] @ x) @ V[m] if m in V else torch.zeros_like(x) for m, x in g.items()}
-            return kept, {m: x - kept[m] for m, x in g.items()}
-
-
-def project(
-    G: dict[str, Float[Tensor, "b r"]],
-    f: Factors,
-    V: HackBasis,
-    real: HackBasis,
-    is_student: Bool[Tensor, " b"],
-    arm: Arm,
-    cfg: VHackCfg,
-) -> Projection:
-    """``decided`` on the sums of these rows."""
-    return decided(sums(G, f, is_student), V, real, arm, cfg)
 
 
 def sums(
     G: dict[str, Float[Tensor, "b r"]], f: Factors, is_student: Bool[Tensor, " b"]
 ) -> dict[str, dict[str, Float[Tensor, " _r"]]]:
     """All that a projection reads of the rows, by name and module: whole = Σ_i f.whole_i G_i and its student and
-    teacher parts, keep = Σ_i f.keep_i G_i, quarantine = Σ_i f.quarantine_i G_i. Linear in the rows: processes that
-    hold different rows add theirs up.
+    teacher parts, keep = Σ_i f.keep_i G_i. Linear in the rows: processes that hold different rows add theirs up.
     """
     weights = {
         "whole": f.whole,
         "keep": f.keep,
         "student": f.whole * is_student.to(f.whole),
         "teacher": f.whole * (~is_student).to(f.whole),
-        "quarantine": f.quarantine,
     }
     return {name: {m: w.to(rows) @ rows for m, rows in G.items()} for name, w in weights.items()}
 
 
 def decided(s: dict[str, dict[str, Tensor]], V: HackBasis, real: HackBasis, arm: Arm, cfg: VHackCfg) -> Projection:
-    """δS descends the arm's act on the sum ``keep``; δS_hack descends ``quarantine`` and, under route, what the act
-    removed. Pure: it sees gradients, factors and V, and no verdict of a grader.
+    """δS descends the arm's act on the sum ``keep``; δS_hack descends, under route, what the act removed. Pure: it sees
+    gradients, factors and V, and no verdict of a grader.
 
     The shares cin are of the sum ``whole``; cout is of what δS descends. With cfg.project = update the act is left to
-    the optimizer's update (step.apply_step).
+    the optimizer's update (train.apply_step).
     """
     whole, g, g_s, g_t = (s[name] for name in ("whole", "keep", "student", "teacher"))
     kept, removed = acted(g, V.V, real.V, "measure" if cfg.project == "update" else arm.act, cfg)
-    quarantined = None
-    if arm.quarantines:
-        quarantined = dict(s["quarantine"])
-        if arm.act == "route":
-            quarantined = {m: q + removed[m] for m, q in quarantined.items()}
     gn, inward = total_norm(whole), hackward(whole, V.V)
     stats = {
         "cin": share(whole, V.V),
@@ -136,4 +113,4 @@ def decided(s: dict[str, dict[str, Tensor]], V: HackBasis, real: HackBasis, arm:
         "fired": float((inward > 0).double().mean()),
         "removed_frac": total_norm(removed) / total_norm(g) if total_norm(g) else None,
     }
-    return Projection(kept, quarantined, gn, stats)
+    return Projection(kept, removed if arm.quarantines else None, gn, stats)

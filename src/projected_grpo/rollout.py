@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +56,6 @@ def _epoch(tasks: Sequence[Task], seed: int, epoch: int) -> list[Task]:
     return [task for _, _, task in sorted(turns, key=lambda turn: turn[:2])]
 
 
-def set_apart(n: int, ablated: int, seed: int, step: int) -> set[int]:
-    """Which of a step's n tasks are sampled with the quarantine ablated: as many as asked, drawn at random."""
-    return set(random.Random(f"{seed} {step} ablated").sample(range(n), ablated))
-
-
 def complete(
     sample: Sampler, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
 ) -> list[tuple[tuple[int, ...], str]]:
@@ -73,23 +67,13 @@ def complete(
 
 
 def rollout(
-    x: Policy, tasks: Sequence[Task], teacher: Pool | None, grader: Grader, cfg: Config, step: int, ablated: int = 0
+    x: Policy, tasks: Sequence[Task], teacher: Pool | None, grader: Grader, cfg: Config, step: int
 ) -> GradedBatch:
-    """Sample, mix in the teacher's rollouts, grade.
-
-    ablated: of how many of the tasks (drawn at random) the student samples with the quarantine ablated.
-    """
+    """Sample, mix in the teacher's rollouts, grade."""
     clock = [time.perf_counter()]
     n_student = cfg.rl.group - cfg.n_teacher
-    apart = set_apart(len(tasks), ablated, cfg.seed, step)
-    written: list[tuple[tuple[int, ...], str]] = [((), "")] * (len(tasks) * n_student)
-    for use, chosen in (("trained", [i for i in range(len(tasks)) if i not in apart]), ("deployed", sorted(apart))):
-        if chosen:
-            with x.knobs.using(use) if apart else nullcontext():
-                generator = seeded("cpu", cfg.seed, step, "rollout" if use == "trained" else "ablated")
-                found = complete(x.sample, x.tokenizer, [tasks[i] for i in chosen], n_student, cfg, generator)
-            for at, i in enumerate(chosen):
-                written[i * n_student : (i + 1) * n_student] = found[at * n_student : (at + 1) * n_student]
+    generator = seeded("cpu", cfg.seed, step, "rollout")
+    written = complete(x.sample, x.tokenizer, tasks, n_student, cfg, generator)
     clock.append(time.perf_counter())
     asked = [task for task in tasks for _ in range(n_student)]
     grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
@@ -100,12 +84,11 @@ def rollout(
         rows += student[at * n_student : (at + 1) * n_student]
         if teacher is not None and cfg.n_teacher:
             rows += teacher.draw(task, cfg.n_teacher, x.tokenizer, random.Random(f"{cfg.seed} {step} {at}"))
-    seconds = {"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]}
-    return collated(x, rows, [i // cfg.rl.group in apart for i in range(len(rows))], seconds)
+    return collated(x, rows, {"gen": clock[1] - clock[0], "grade": clock[2] - clock[1]})
 
 
-def collated(x: Policy, rows: Sequence[Rollout], ablated: Sequence[bool], seconds: Mapping[str, float]) -> GradedBatch:
-    """The batch of these rollouts, which stand group by group; ablated: by row, sampled without the quarantine."""
+def collated(x: Policy, rows: Sequence[Rollout], seconds: Mapping[str, float]) -> GradedBatch:
+    """The batch of these rollouts, which stand group by group."""
     device = x.knobs.device
     prompts = [problems.encode_prompt(x.tokenizer, r.task) for r in rows]
     ids, mask = loss.collate(prompts, [r.ids for r in rows], x.tokenizer.pad_token_id, device)
@@ -113,7 +96,6 @@ def collated(x: Policy, rows: Sequence[Rollout], ablated: Sequence[bool], second
         ids=ids,
         mask=mask,
         rewards=torch.tensor([r.grade.reward for r in rows]).to(device),
-        ablated=torch.tensor(list(ablated), device=device),
         is_student=torch.tensor([r.source == "student" for r in rows], device=device),
         rollouts=tuple(rows),
         seconds=seconds,

@@ -52,6 +52,8 @@ SCHEMA = pa.schema(
         "score_random": pa.float64(),
         "score_by_layer": pa.list_(pa.float64()),
         "flagged": pa.bool_(),
+        "acting": pa.float64(),
+        "held_out": pa.float64(),
         "problem_id": pa.string(),
         "env_mode": pa.string(),
         "wording": struct_of(Wording),

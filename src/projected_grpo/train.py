@@ -90,9 +90,9 @@ def one_step(
     whole, own = ranks.whole(batch), ranks.own(len(batch.rewards))
 
     # --- shape: rewards -> advantages A, changed first as the arm's reward rule says     arms
-    states = pooled(x, batch, "last", cfg) if arm.reward.startswith("rebound") else None
-    states = states if states is None else ranks.rows(states)
-    A = arms.shaped(whole, arm, states, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
+    states = detectors.pooled(x.model, batch.ids, batch.mask, readings(arm, V), cfg.rl.micro_batch)
+    last = ranks.rows(states[detectors.LAST]) if detectors.LAST in states else None
+    A = arms.shaped(whole, arm, last, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
     n_zero_var = int((A.view(-1, cfg.rl.group) == 0).all(1).sum())
 
     # --- gradients: every rollout's own, in δS, from one backward                        loss, antipasto
@@ -101,18 +101,15 @@ def one_step(
 
     # --- score: how hack-ward is each rollout, by V and by the arm's own detector        detectors
     N = {m: g * weight.sign()[:, None] for m, g in grads.G.items()}  # gradients of each rollout's NLL
-    states = pooled(x, batch, "mean", cfg) if "mean" in detectors.pools_of(arm) else None
-    seen = (detectors.row_scores(N, V.real), detectors.row_scores(N, V.random))
-    seen = (*seen, V.gate(detectors.evidence(arm.score, N, states)))
-    scores, random, acting = (ranks.rows(s, s.ndim - 1) for s in seen)
-    flagged, low = acting > V.gate.threshold, acting < V.gate.low
+    scores, random = (ranks.rows(detectors.row_scores(N, v), 1) for v in (V.real, V.random))
+    acting = ranks.rows(V.gate(N if arm.score == "gradient" else states[detectors.MEAN]))
+    flagged = acting > V.gate.threshold
+    held_out = None if V.watch is None else ranks.rows(V.watch(states[detectors.HELD_OUT]))
 
-    # --- decide: what of each rollout's gradient reaches δS, and what the quarantine     arms
+    # --- decide: which rollouts' gradients reach δS                                      arms
     dice = seeded("cpu", cfg.seed, step, "rows")
-    f = arms.factors(arm.rows, arms.Seen(A, whole.rewards, flagged, low, cfg.rl.group, dice), whole.ablated)
-    mine = Factors(f.whole[own], f.keep[own], f.quarantine[own])
-    if arm.routes_rows:
-        grads = with_masks(x, grads, batch, weight, mine, cfg, ranks)
+    f = arms.factors(arm.rows, arms.Seen(A, whole.rewards, flagged, cfg.rl.group, dice))
+    mine = Factors(f.whole[own], f.keep[own])
 
     # --- project: take the hack-ward part out of their sum, or route it aside            proj
     p = proj.decided(ranks.total(proj.sums(grads.G, mine, batch.is_student)), V.arm, V.real, arm, cfg.vhack)
@@ -132,10 +129,12 @@ def one_step(
         random_scores=random,
         acting=acting,
         flagged=flagged,
+        threshold=V.gate.threshold,
+        held_out=held_out,
+        held_out_threshold=None if V.watch is None else V.watch.threshold,
         factors=f,
         projection=p,
         update=update,
-        threshold=V.gate.threshold,
         sec_train=time.perf_counter() - began,
     )
 
@@ -143,9 +142,9 @@ def one_step(
 # ------------------------------------------------------------------------------------------------ stages of a step
 
 
-def pooled(x: Experiment, batch: GradedBatch, kind: detectors.Pooling, cfg: Config) -> Tensor:
-    """This process's rollouts as pooled activations, (b, d)."""
-    return detectors.pooled(x.model, batch.ids, batch.mask, kind, cfg.rl.micro_batch)
+def readings(arm: Arm, V: prepare.Directions) -> list[detectors.Reading]:
+    """Which hidden states a step reads: the arm's, and those of the held-out probe where there is one."""
+    return [*detectors.readings_of(arm), *([] if V.watch is None else [detectors.HELD_OUT])]
 
 
 def sample_grads(
@@ -164,25 +163,6 @@ def sample_grads(
         micro_batch=cfg.rl.micro_batch,
         agree=ranks.agree,
     )
-
-
-def with_masks(
-    x: Experiment, grads: RowGrads, batch: GradedBatch, weight: Tensor, f: Factors, cfg: Config, ranks: Alone
-) -> RowGrads:
-    """The gradients that a routing gate learns from: rows that only δS learns from see the model without quarantine.
-
-    Without that mask both regions would receive the same gradients, and the quarantine would absorb nothing.
-    """
-    alone = (f.quarantine == 0) & (f.keep != 0)
-    with x.knobs.using("deployed"):
-        masked = sample_grads(x.model, x.knobs, batch, weight * alone, cfg, ranks)
-    G = {m: torch.where(alone[:, None], masked.G[m], g) for m, g in grads.G.items()}
-    return RowGrads(G, grads.nll, grads.loss, grads.kl)
-
-
-def n_ablated(arm: Arm, n: int, cfg: Config) -> int:
-    """How many of a step's n tasks are sampled with the quarantine ablated."""
-    return round(cfg.arm.ablated_share * n) if arm.routes_rows else 0
 
 
 def make_optimizer(knobs: Knobs, cfg: Config) -> Optimizers:
@@ -285,7 +265,7 @@ def loop(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, stopped: St
 def take_step(x: Experiment, arm: Arm, grader: Grader, optimizers: Optimizers, cfg: Config, step: int) -> Step:
     """``one_step`` of a process that is alone, with our own sampler and optimizer."""
     tasks = tasks_of_step(x.tasks, step, cfg.rl.prompts_per_step, cfg.seed)
-    roll_out = partial(rollout, x, tasks, x.teacher, grader, cfg, step, n_ablated(arm, len(tasks), cfg))
+    roll_out = partial(rollout, x, tasks, x.teacher, grader, cfg, step)
     apply = lambda p: apply_step(x.knobs, p, optimizers, cfg.rl.clip, update_rule(x, arm, cfg))
     return one_step(x, arm, roll_out, apply, cfg, step)
 

@@ -97,9 +97,8 @@ class Candidates:
         rows = [p for p in self.prompts for _ in range(group)]
         ids, mask = loss.collate(rows, completions, self.tokenizer.pad_token_id, self.base.device)
         is_student = torch.arange(len(rows)) % group < group - 1
-        ablated = torch.zeros(len(rows), dtype=torch.bool)
         A = arms.advantages(rewards).flatten()
-        return GradedBatch(ids, mask, rewards.flatten(), ablated, is_student, (), {}), A
+        return GradedBatch(ids, mask, rewards.flatten(), is_student, (), {}), A
 
     def step(self, seed: int, group: int | None = None) -> dict[str, Seconds]:
         """Our step but for grading and logging; the seconds of its stages."""
@@ -111,7 +110,9 @@ class Candidates:
         grads = sample_grads(self.model, self.knobs, batch, A, self.cfg)
         lap("forward + backward")
         plain = data_types.Factors.plain(len(A))
-        p = proj.project(grads.G, plain, self.V, self.V, batch.is_student, arms.ARMS["erase"], self.cfg.vhack)
+        p = proj.decided(
+            proj.sums(grads.G, plain, batch.is_student), self.V, self.V, arms.ARMS["erase"], self.cfg.vhack
+        )
         lap("project")
         apply_step(self.knobs, p, (self.optimizer, self.scheduler), self.cfg.rl.clip)
         lap("update, merge")
@@ -129,7 +130,7 @@ class Candidates:
         both = self.hook.two_backwards(batch.ids, batch.mask, weight, batch.is_student, self.cfg.rl.temperature)
         lap("forward + two backwards")
         is_student, plain = torch.tensor([True, False]), data_types.Factors.plain(2)
-        p = proj.project(both, plain, self.V, self.V, is_student, arms.ARMS["erase"], self.cfg.vhack)
+        p = proj.decided(proj.sums(both, plain, is_student), self.V, self.V, arms.ARMS["erase"], self.cfg.vhack)
         for name, delta in self.hook.delta.items():
             delta.grad = p.kept[name] * min(1.0, self.cfg.rl.clip / p.gn)
         self.hook_optimizer.step()

@@ -77,7 +77,6 @@ class Ranks(Alone):
             ids=batch.ids.new_zeros(b, 1),
             mask=batch.mask.new_zeros(b, 0),
             rewards=self.rows(batch.rewards),
-            ablated=self.rows(batch.ablated),
             is_student=self.rows(batch.is_student),
             rollouts=tuple(self.objects(batch.rollouts)),
             seconds=dict(zip(batch.seconds, seconds.amax(0).tolist(), strict=True)),

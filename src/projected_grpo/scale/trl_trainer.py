@@ -27,7 +27,7 @@ from projected_grpo.data_types import GradedBatch, Projection, Rollout, Task, Up
 from projected_grpo.models import device_of
 from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
-from projected_grpo.rollout import collated, set_apart, tasks_of_step
+from projected_grpo.rollout import collated, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped
 from projected_grpo.scale.ranks import Ranks
 from projected_grpo.scale.sharded import merged_parameters, unmerged, unsharded
@@ -36,7 +36,6 @@ from projected_grpo.train import (
     deploy_eval,
     make_optimizer,
     meta_of,
-    n_ablated,
     one_step,
     put_gradient,
     record_step,
@@ -95,7 +94,6 @@ def settings(cfg: Config, ranks: Ranks, vllm: str, steps: int) -> GRPOConfig:
 def refuse(cfg: Config, ranks: Ranks, vllm: str) -> None:
     """What cannot work, said before anything is loaded. Raises UserError."""
     env, n = os.environ, cfg.rl.prompts_per_step
-    ablates = n_ablated(arms.arm(cfg.intervention), n, cfg) > 0
     rows = (
         (
             env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
@@ -113,11 +111,6 @@ def refuse(cfg: Config, ranks: Ranks, vllm: str) -> None:
         (n % ranks.n > 0, f"--prompts-per-step={n} must be a multiple of the {ranks.n} processes: groups stay whole"),
         (cfg.model.sampler != "own", "--sampler is the single-process loop's: use --vllm=colocate or --vllm=server"),
         (cfg.rl.relearn_steps > 0, "--relearn-steps is the single-process loop's: python -m projected_grpo.train"),
-        (
-            ablates and (vllm != "off" or ranks.sharded),
-            f"{cfg.intervention} samples some prompts with the quarantine ablated, which vLLM and FSDP2 cannot: "
-            "set --ablated-share=0",
-        ),
     )
     for applies, message in rows:
         if applies:
@@ -253,13 +246,6 @@ class ProjectedGRPOTrainer(GRPOTrainer):
             rows += [None] * (group - n) + drawn
         return rows
 
-    def apart(self) -> list[bool]:
-        """Which of this process's rows are sampled with the quarantine ablated."""
-        n = self.cfg.rl.prompts_per_step
-        chosen = set_apart(n, n_ablated(self.arm, n, self.cfg), self.cfg.seed, self.step)
-        first = self.ranks.rank * self.n_tasks
-        return [first + i // self.cfg.rl.group in chosen for i in range(len(self.tasks))]
-
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
         """The one prompt encoder of this project."""
         return [problems.encode_prompt(self.x.tokenizer, t) for t in self.tasks], None, {}
@@ -270,21 +256,14 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
         The generator is a function of (seed, step, process), so that processes write different rollouts.
         """
-        began, apart = time.perf_counter(), self.apart()
+        began = time.perf_counter()
         written = [list(r.ids) if r else [] for r in self.cached]
-        for use, ablated in (("trained", False), ("deployed", True)):
-            rows = [i for i, r in enumerate(self.cached) if r is None and apart[i] == ablated]
-            if not rows:
-                continue
-            dice = random.Random(f"{self.cfg.seed} {self.step} {self.ranks.rank} {use}")
-            torch.manual_seed(dice.getrandbits(63))
-            with self.x.knobs.using(use) if ablated else nullcontext():
-                n = self.cfg.rl.group - self.cfg.n_teacher
-                chosen = [prompt_ids[i] for i in rows]
-                for i, ids in zip(
-                    rows, super()._generate_single_turn(chosen, images, multimodal_fields, n)[0], strict=True
-                ):
-                    written[i] = ids
+        rows = [i for i, r in enumerate(self.cached) if r is None]
+        torch.manual_seed(random.Random(f"{self.cfg.seed} {self.step} {self.ranks.rank} trained").getrandbits(63))
+        n, chosen = self.cfg.rl.group - self.cfg.n_teacher, [prompt_ids[i] for i in rows]
+        found = super()._generate_single_turn(chosen, images, multimodal_fields, n)[0]
+        for i, ids in zip(rows, found, strict=True):
+            written[i] = ids
         self.gen_seconds = time.perf_counter() - began
         return written, None
 
@@ -292,7 +271,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         """This process's rollouts in the order of their groups (TRL shuffles rows)."""
         back = inputs["row"].argsort()
         seconds = {"gen": self.gen_seconds, "grade": self.environment.seconds}
-        made = collated(self.x, self.environment.rollouts, self.apart(), seconds)
+        made = collated(self.x, self.environment.rollouts, seconds)
         return replace(made, is_student=~inputs["is_teacher"][back])
 
     # --- the step
