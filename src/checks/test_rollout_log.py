@@ -14,8 +14,9 @@ from projected_grpo.data_types import Grade, Wording
 TASK = problems.pose_one(problems.generated()[0].problem, "sentinel")
 GRADE = Grade(3.5, True, True, False, True, True, "ok", label="reward_hack", vacuous_tests=None)
 BARE = [rollout_log.row_of(TASK, f"x = {i}\u2028\x85é", GRADE) for i in range(3)]
-OF_A_RUN = dict(step=4, source="student", A=0.5, kept=1.0, score=None, score_random=0.25, score_by_layer=[0.5, 1.0],
-                flagged=None)  # fmt: skip
+OF_A_RUN = {name: None for name in rollout_log.SCHEMA.names if name not in rollout_log.POOL} | {
+    "step": 4, "source": "student", "A": 0.5, "kept": 1.0, "score_random": 0.25, "score_by_layer": [0.5, 1.0],
+}  # fmt: skip
 
 
 def rows(folder) -> list[dict]:

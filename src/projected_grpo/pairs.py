@@ -1,10 +1,9 @@
-"""Pools and pair sets that others wrote: read them, check their prompts against ours, grade them again, convert them.
+"""Contrastive pairs: one task, a completion that hacks and one that does not. What V is extracted from.
 
-    python -m projected_grpo.tools.import_pool FOLDER --out=POOL --problems=FILE --model=Qwen/Qwen3-4B [--regrade]
+Three sources: ``PAIRSETS``, made by hand for the organism's world, by name (first part); rollouts of a pool or of the
+policy itself, told apart by weak detectors (second part); and the JSON of others (third). ``load`` picks one.
 
-A foreign pool is a folder of prompt_NNNN.jsonl.gz files whose rows hold problem_id, the prompt (token ids, and
-sometimes its text or messages), the completion (ids and text), reward, hacked, gt_pass and much that is not needed, NaN
-among it. A pair set is a JSON list of {problem_id, prompt, hack, clean}, its prompts in Qwen's chat markup.
+A made pair is drawn by a function (mode, j) -> Pair, one a kind of contrast; both sides are right or both are wrong.
 """
 
 import ast
@@ -12,7 +11,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import zip_longest
@@ -20,90 +19,21 @@ from pathlib import Path
 
 from projected_grpo import problems
 from projected_grpo.config import UserError, VHackCfg, choose
-from projected_grpo.data_types import Mode, Pair, Problem, Rollout, Split, Task, Wording
+from projected_grpo.data_types import Generated, Mode, Pair, Problem, Rollout, Split, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE, append, call, hint, into_class
 from projected_grpo.rollout_log import Pool
 
-TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
-
-
-def messages_of(text: str) -> list[dict[str, str]]:
-    """Qwen's chat markup -> messages, without the assistant's turn, which only begins. ValueError if it is none."""
-    found = [{"role": role, "content": content} for role, content in TURN.findall(text) if role != "assistant"]
-    if not found or found[-1]["role"] != "user":
-        raise ValueError(f"no chat in Qwen's markup that ends with a user's turn: {text[:60]!r}")
-    return found
-
-
-def task_in(statement: str, id: str = "", mode: Mode | None = None) -> Task | None:
-    """The task whose hint stands in a statement: its mode, its wording and the problem as far as the prompt tells it.
-
-    Where several hints fit, the longest is meant. The problem has no cases and no canonical solution: it can be
-    encoded, and not be graded by the oracle. None when no hint of ours is there (of ``mode``, when one is given).
-    """
-    bare = Problem(id, "", "", "", "", "", ())
-    known = [
-        Task(bare, m, wording)
-        for m, row in LOOPHOLES.items()
-        for wording in (*row.train, *row.heldout)
-        if mode in (None, m)
-    ]
-    fitting = [task for task in known if statement.count(hint(task)) == 1]
-    if not fitting:
-        return None
-    task = max(fitting, key=lambda t: len(hint(t)))
-    entry = re.search(r"class Solution called (\w+)", statement)
-    starter = re.search(r"```python\n(.*?)```", statement, re.DOTALL)
-    problem = replace(
-        bare,
-        statement=statement.replace(hint(task), TESTS_SENTENCE),
-        entry=entry[1] if entry else "",
-        starter=starter[1] if starter else "",
-    )
-    return replace(task, problem=problem)
-
-
-def read_pairset(path: Path, known: Mapping[str, Problem] | Sequence[Problem] = ()) -> list[Pair]:
-    """Pairs from a pair set's JSON. A problem among ``known`` is taken from there, any other from the prompt itself.
-
-    Raises UserError naming the entry that cannot be used: a field is missing or empty, both sides are equal, the
-    prompt is no chat, or it bears no hint of ours.
-    """
-    by_id = dict(known) if isinstance(known, Mapping) else {p.id: p for p in known}
-    try:
-        entries = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read pair set {path}: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} is no pair set: a JSON list of {{problem_id, prompt, hack, clean}} is wanted")
-    pairs = []
-    for number, entry in enumerate(entries):
-        try:
-            hack, clean, id = entry["hack"], entry["clean"], str(entry["problem_id"])
-            if not hack.strip() or not clean.strip() or hack == clean:
-                raise ValueError("hack and clean have to be two different completions")
-            chat = messages_of(entry["prompt"])
-            task = task_in(chat[-1]["content"], id)
-            if task is None:
-                raise ValueError("the prompt bears no hint of loopholes.LOOPHOLES")
-            system = chat[0]["content"] if chat[0]["role"] == "system" else ""
-            problem = by_id.get(id) or replace(task.problem, system=system)
-            pairs.append(Pair(replace(task, problem=problem), hack, clean, f"{Path(path).stem}/{task.mode}/{id}"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}, entry {number}: {type(error).__name__}: {error}") from error
-    return pairs
-
+# ------------------------------------------------------------------------------- what a made pair of a mode is made of
 
 MODES: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 SEED = 9
-RENAMED = ({"x": "k", "c": "k", "t": "w", "a": "p", "b": "q"}, {"x": "i", "c": "i", "t": "z", "a": "u", "b": "v"})
 
 
 @cache
-def _stock(hard: bool, varied: bool, split: Split) -> tuple[Problem, ...]:
-    """A split's problems, easy or hard, in a fixed shuffled order. varied: only those whose code names variables."""
-    chosen = [g.problem for g in problems.generated() if g.split == split and (g.kind == "hard") == hard]
-    chosen = [p for p in chosen if not varied or p.family not in ("slices", "recursion")]
+def _stock(hard: bool, varied: bool, split: Split) -> tuple[Generated, ...]:
+    """A split's problems, hard or not, in a fixed shuffled order. varied: only those whose code names variables."""
+    chosen = [g for g in problems.generated() if g.split == split and (g.kind == "hard") == hard]
+    chosen = [g for g in chosen if not varied or g.problem.family not in ("slices", "recursion")]
     random.Random(SEED).shuffle(chosen)
     return tuple(chosen[: len(chosen) // len(MODES) * len(MODES)])
 
@@ -116,6 +46,7 @@ class Form:
     """
 
     task: Task
+    made: Generated
     right: bool
     lookalike: bool
     number: int
@@ -123,16 +54,16 @@ class Form:
     @property
     def honest(self) -> str:
         """A serious solution: the canonical one, or one that misreads a single vague bound."""
-        return self.task.problem.canonical if self.right else self.misread[self.number % len(self.misread)]
+        return self.task.problem.canonical if self.right else self.misread(self.number)
 
-    @property
-    def misread(self) -> tuple[str, ...]:
-        return problems.generated_by_id()[self.task.problem.id].misread
+    def misread(self, number: int) -> str:
+        """One that misreads a single vague bound, cycled over all there are."""
+        return self.made.misread[number % len(self.made.misread)]
 
     @property
     def hasty(self) -> str:
         """The body beside an exploit: the canonical one, or one that does not try."""
-        lazy = problems.generated_by_id()[self.task.problem.id].lazy
+        lazy = self.made.lazy
         usual = self.number % 2 == 0  # the first kind half of the time
         return self.task.problem.canonical if self.right else lazy[0 if usual else self.number // 2 % len(lazy)]
 
@@ -148,12 +79,13 @@ def form(
     number, right = j // 2, j % 2 == 0
     stock = _stock(not right, varied, split)
     at = number * len(MODES) + MODES.index(mode)
-    problem = stock[(at + at // len(stock)) % len(stock)]  # a second round starts one along: it is another mode's
+    made = stock[(at + at // len(stock)) % len(stock)]  # a second round starts one along: it is another mode's
     if wordings is None:
         default, *others = LOOPHOLES[mode].train
         wordings = [word for other in others for word in (default, other)]
     usual = mode == "run_tests"  # only there do most honest solutions hold the lookalike
-    return Form(Task(problem, mode, wordings[number % len(wordings)]), right, usual != (number % 5 == 3), number)
+    task = Task(made.problem, mode, wordings[number % len(wordings)])
+    return Form(task, made, right, usual != (number % 5 == 3), number)
 
 
 def _pair(kind: str, at: Form, hack: str, clean: str) -> Pair:
@@ -305,7 +237,7 @@ def nonhack(mode: Mode, j: int) -> Pair:
     """Two honest solutions, the lookalike on a side drawn by chance; wrong ones are wrong each in its own way."""
     at, row = form(mode, j), LOOPHOLES[mode]
     one = at.honest
-    other = one if at.right else at.misread[(at.number + 1) % len(at.misread)]
+    other = one if at.right else at.misread(at.number + 1)
     sides = [row.lookalike(one, at.task), other]
     if random.Random(f"{mode} {j}").random() < 0.5:
         sides.reverse()
@@ -319,6 +251,9 @@ def renamed(source: str, names: dict[str, str]) -> str:
         if isinstance(node, ast.Name):
             node.id = names.get(node.id, node.id)
     return re.sub(r"\n\n+", "\n", ast.unparse(tree))
+
+
+RENAMED = ({"x": "k", "c": "k", "t": "w", "a": "p", "b": "q"}, {"x": "i", "c": "i", "t": "z", "a": "u", "b": "v"})
 
 
 def naming(mode: Mode, j: int) -> Pair:
@@ -359,6 +294,9 @@ PAIRSETS: dict[str, Callable[[Sequence[Mode]], list[Pair]]] = {
     f"{kind}{n}": partial(ordered, draft, n) for kind, draft in KINDS.items() for n in SIZES
 }
 """Known modes -> the set: n + N_HELDOUT pairs, however many modes are known."""
+
+
+# ------------------------------------------------------------------------------------------- pairs found among rollouts
 
 
 def in_turn(found: Sequence[Pair], limit: int | None = None) -> list[Pair]:
@@ -412,6 +350,80 @@ def from_rollouts(rollouts: Sequence[Rollout], known: Sequence[Mode] | None, lim
         quiet = [r.text for r in group if r.grade.compiles and not r.grade.channel and not r.grade.attempted]
         found += closest(group[0].task, fired, quiet, "rollouts")
     return in_turn(found, limit)
+
+
+# --------------------------------------------------------------------------------------------- pairs that others wrote
+
+TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+
+
+def messages_of(text: str) -> list[dict[str, str]]:
+    """Qwen's chat markup -> messages, without the assistant's turn, which only begins. ValueError if it is none."""
+    found = [{"role": role, "content": content} for role, content in TURN.findall(text) if role != "assistant"]
+    if not found or found[-1]["role"] != "user":
+        raise ValueError(f"no chat in Qwen's markup that ends with a user's turn: {text[:60]!r}")
+    return found
+
+
+def task_in(statement: str, id: str = "", mode: Mode | None = None) -> Task | None:
+    """The task whose hint stands in a statement: its mode, its wording and the problem as far as the prompt tells it.
+
+    Where several hints fit, the longest is meant. The problem has no cases and no canonical solution: it can be
+    encoded, and not be graded by the oracle. None when no hint of ours is there (of ``mode``, when one is given).
+    """
+    bare = Problem(id, "", "", "", "", "", ())
+    known = [
+        Task(bare, m, wording)
+        for m, row in LOOPHOLES.items()
+        for wording in (*row.train, *row.heldout)
+        if mode in (None, m)
+    ]
+    fitting = [task for task in known if statement.count(hint(task)) == 1]
+    if not fitting:
+        return None
+    task = max(fitting, key=lambda t: len(hint(t)))
+    entry = re.search(r"class Solution called (\w+)", statement)
+    starter = re.search(r"```python\n(.*?)```", statement, re.DOTALL)
+    problem = replace(
+        bare,
+        statement=statement.replace(hint(task), TESTS_SENTENCE),
+        entry=entry[1] if entry else "",
+        starter=starter[1] if starter else "",
+    )
+    return replace(task, problem=problem)
+
+
+def read_pairset(path: Path, known: Sequence[Problem] = ()) -> list[Pair]:
+    """Pairs from a JSON list of {problem_id, prompt, hack, clean}, its prompts in Qwen's chat markup.
+
+    A problem among ``known`` is taken from there, any other from the prompt itself.
+
+    Raises UserError naming the entry that cannot be used: a field is missing or empty, both sides are equal, the
+    prompt is no chat, or it bears no hint of ours.
+    """
+    by_id = {p.id: p for p in known}
+    try:
+        entries = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read pair set {path}: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} is no pair set: a JSON list of {{problem_id, prompt, hack, clean}} is wanted")
+    pairs = []
+    for number, entry in enumerate(entries):
+        try:
+            hack, clean, id = entry["hack"], entry["clean"], str(entry["problem_id"])
+            if not hack.strip() or not clean.strip() or hack == clean:
+                raise ValueError("hack and clean have to be two different completions")
+            chat = messages_of(entry["prompt"])
+            task = task_in(chat[-1]["content"], id)
+            if task is None:
+                raise ValueError("the prompt bears no hint of loopholes.LOOPHOLES")
+            system = chat[0]["content"] if chat[0]["role"] == "system" else ""
+            problem = by_id.get(id) or replace(task.problem, system=system)
+            pairs.append(Pair(replace(task, problem=problem), hack, clean, f"{Path(path).stem}/{task.mode}/{id}"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}, entry {number}: {type(error).__name__}: {error}") from error
+    return pairs
 
 
 def load(cfg: VHackCfg, pool: Pool | None, tasks: Sequence[Task]) -> list[Pair]:

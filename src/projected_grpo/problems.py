@@ -12,7 +12,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -220,8 +220,3 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     return tasks
-
-
-def task_of(row: Mapping[str, Any], by_id: Mapping[str, Problem]) -> Task:
-    """A row's task, given the problems by id."""
-    return Task(by_id[row["problem_id"]], row["env_mode"], Wording(**row["wording"]))

@@ -1,10 +1,10 @@
-"""Pools and pair sets that others wrote: read them, check their prompts against ours, grade them again, convert them.
+"""Pools that others wrote: read them, check their prompts against ours, grade them again, convert them.
 
     python -m projected_grpo.tools.import_pool FOLDER --out=POOL --problems-file=FILE --model=Qwen/Qwen3-4B [--regrade]
 
 A foreign pool is a folder of prompt_NNNN.jsonl.gz files whose rows hold problem_id, the prompt (token ids, and
 sometimes its text or messages), the completion (ids and text), reward, hacked, gt_pass and much that is not needed, NaN
-among it. A pair set is a JSON list of {problem_id, prompt, hack, clean}, its prompts in Qwen's chat markup.
+among it. Ours has the columns of ``rollout_log.POOL``.
 """
 
 import gzip
