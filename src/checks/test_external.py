@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import loopholes, models, problems, rollout_log
+from projected_grpo import loopholes, models, problems, rollout_log, runs
 from projected_grpo import pairs as wild
-from projected_grpo.config import ModelCfg, UserError
+from projected_grpo.config import PRESETS, ModelCfg, UserError
 from projected_grpo.data_types import Grade
 from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE
 from projected_grpo.rewards import Grader
@@ -106,6 +106,49 @@ def test_sync_says_what_to_do_offline_and_leaves_nothing(tmp_path):
 
 
 # --- the rows ----------------------------------------------------------------------------------------------------
+
+
+def test_lines_end_at_newlines_alone_and_gzip_is_read(tmp_path):
+    rows = [{"text": "a\u2028b\x85c\x0cd"}, {"text": "é"}]
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\r\n\n" for r in rows).encode("utf-8-sig")
+    (tmp_path / "a.jsonl").write_bytes(text)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert list(problems.json_lines(tmp_path / name)) == [(1, rows[0]), (3, rows[1])]
+    assert runs.json_lines(tmp_path / "a.jsonl") == rows
+    assert runs.json_lines(tmp_path / "nothing") == []
+
+
+def asked(path: Path, eval_path: Path | None = None):
+    data = replace(PRESETS["organism"][1].data, problems=str(path), eval_problems=eval_path and str(eval_path))
+    return replace(PRESETS["organism"][1], data=data)
+
+
+ROW = json.dumps(row_of(3)).encode() + b"\n"
+BAD_FILES = {
+    "an id twice": (ROW + b"\n" + ROW, ":3: a second problem of id 3"),
+    "no tests": (ROW + json.dumps(row_of(4) | {"gt_answer": []}).encode(), ":2: problem 4 has no tests"),
+    "empty": (b"\n\n", "cannot be used: there is no problem in it"),
+    "latin-1": (ROW + ROW.replace(b"Add", b"Ajout\xe9"), ":2: 'utf-8' codec"),
+    "an array": (json.dumps([row_of(3)], indent=1).encode(), ":1: a JSON list where an object should be, one a line"),
+    "a number": (ROW + b"3", ":2: a JSON int where an object should be"),
+    "cut short": (ROW + ROW[:-9], ":2: "),
+    "a field missing": (ROW + b'{"id": "x"}', ":2: no 'cases'"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_problem_file_that_cannot_be_used_is_one_line_naming_the_place(tmp_path, what):
+    content, told = BAD_FILES[what]
+    path, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
+    path.write_bytes(content)
+    good.write_bytes(ROW)
+    for cfg, split in ((asked(path), "train"), (asked(good, path), "test")):
+        with pytest.raises(UserError) as caught:
+            problems.tasks_for(cfg, split)
+        assert told in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_rows_load_and_prompts_are_the_files_messages_with_the_hint_put_in(problem_file):
@@ -204,7 +247,7 @@ def test_a_foreign_pool_is_checked_regraded_and_converted(tmp_path, problem_file
     frozen = import_pool.convert(read, by_id, tokenizer, None, other_hints=True)
     assert len(frozen.rows) == 7
     assert Grade(**frozen.rows[1]["grade"]).exploited  # as its maker said
-    with pytest.raises(UserError, match=r"prompt_0001\.jsonl\.gz:1: KeyError"):
+    with pytest.raises(UserError, match=r"prompt_0001\.jsonl\.gz:1: it wants problem_id"):
         import_pool.read_rows(write_pool(tmp_path / "bad", [{"problem_id": 1}]))
 
 

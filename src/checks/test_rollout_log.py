@@ -73,9 +73,9 @@ def test_what_cannot_be_read_is_one_line_with_its_name(tmp_path):
     [
         (json.dumps(BARE[0] | {"grade": asdict(GRADE) | {"hacked": 1}}), "prompt_0000.jsonl.gz:2: .*hacked"),
         (json.dumps({"problem_id": 4, "hacked": True}), "prompt_0000.jsonl.gz:2: no 'grade'; `just convert-pool`"),
-        ("[1]", "prompt_0000.jsonl.gz:2: "),
+        ("[1]", "prompt_0000.jsonl.gz:2: a JSON list"),
         ("{", "prompt_0000.jsonl.gz:2: "),
-        ("é".encode("latin-1"), "prompt_0000.jsonl.gz:2: "),
+        ("é".encode("latin-1"), "prompt_0000.jsonl.gz:2: .*utf-8"),
     ],
 )
 def test_a_pool_that_is_none_names_its_line(tmp_path, line, told):
@@ -84,5 +84,5 @@ def test_a_pool_that_is_none_names_its_line(tmp_path, line, told):
     with pytest.raises(UserError, match=told):
         rollout_log.read_pool(tmp_path)
     (tmp_path / "prompt_0000.jsonl.gz").write_bytes(gzip.compress(text)[:-9])
-    with pytest.raises(UserError, match=r"prompt_0000\.jsonl\.gz"):
+    with pytest.raises(UserError, match=r"prompt_0000\.jsonl\.gz is no whole gzip file"):
         rollout_log.read_pool(tmp_path)

@@ -403,7 +403,7 @@ def read_pairset(path: Path, known: Sequence[Problem] = ()) -> list[Pair]:
     """
     by_id = {p.id: p for p in known}
     try:
-        entries = json.loads(Path(path).read_text())
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read pair set {path}: {error}") from error
     if not isinstance(entries, list) or not entries:

@@ -12,7 +12,8 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -153,21 +154,52 @@ def as_function(problem: Problem) -> Problem:
     )
 
 
-def read_problems(path: Path) -> list[Problem]:
-    """All problems of a JSON-lines file, in either format. Raises UserError naming the line that cannot be read."""
-    problems = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of a file's lines, gzipped or not; they end at \\n alone: U+2028 may stand in one.
+
+    Raises ValueError naming the line that is no JSON object in UTF-8, or the file that is no whole gzip file.
+    """
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
         try:
-            row = json.loads(line)
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _object(line, f"{path}:{number}")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}") from error
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig")) if line.lstrip()[:1] != b"[" else []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a JSON {type(row).__name__} where an object should be, one a line")
+    return row
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """All problems of a JSON-lines file, in either format.
+
+    Raises ValueError naming the line that cannot be read, has an id that another has, or tests nothing.
+    """
+    problems: dict[str, Problem] = {}
+    for number, row in json_lines(Path(path)):
+        try:
             if "gt_answer" in row:
-                problems.append(from_benchmark(row))
+                made = from_benchmark(row)
             else:
-                problems.append(Problem(**row | {"cases": tuple(Case(**c) for c in row["cases"])}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-    return problems
+                made = Problem(**row | {"cases": tuple(Case(**c) for c in row["cases"])})
+            if made.id in problems:
+                raise ValueError(f"a second problem of id {made.id}")
+            if not made.cases:
+                raise ValueError(f"problem {made.id} has no tests: whatever is submitted would be right")
+            problems[made.id] = made
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: no {error}") from error
+    return list(problems.values())
 
 
 def generated() -> list[Generated]:
@@ -178,7 +210,7 @@ def generated() -> list[Generated]:
 @cache
 def generated_by_id() -> dict[str, Generated]:
     """The same by the problem's id."""
-    return {row["id"]: _generated(row) for row in map(json.loads, gzip.decompress(GENERATED.read_bytes()).splitlines())}
+    return {row["id"]: _generated(row) for _, row in json_lines(GENERATED)}
 
 
 def kind_of(problem: Problem) -> Kind | None:
@@ -210,6 +242,8 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
         )
     try:
         chosen = read_problems(Path(path))
+        if not chosen:
+            raise ValueError("there is no problem in it")
         tasks = pose(chosen, cfg.data.modes, cfg.data.wording)
         for task in tasks:
             messages(task)

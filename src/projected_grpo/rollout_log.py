@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import typing
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Grade, Rollout, Task, Wording
+from projected_grpo.problems import json_lines
 
 FILE, PARTS = "rollouts.parquet", "rollouts.part"
 GROUP = 4096
@@ -161,25 +161,24 @@ def rows(folder: Path) -> Iterator[Row]:
     """
     for path in files_of(folder):
         try:
-            if path.suffix == ".gz":
-                yield from _pool_rows(path)
-            else:
-                for batch in pq.ParquetFile(path).iter_batches():
-                    yield from batch.to_pylist()
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            yield from _pool_rows(path) if path.suffix == ".gz" else _parquet_rows(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"{folder}: its rollouts cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    for batch in pq.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
 
 
 def _pool_rows(path: Path) -> Iterator[Row]:
-    with gzip.open(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                Grade(**row["grade"]), Wording(**row["wording"])
-                yield dict.fromkeys(SCHEMA.names) | {name: row[name] for name in POOL}
-            except (ValueError, KeyError, TypeError) as error:
-                why = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{path}:{number}: {why}; `just convert-pool` reads pools that others wrote") from error
+    for number, row in json_lines(path):
+        try:
+            Grade(**row["grade"]), Wording(**row["wording"])
+            yield dict.fromkeys(SCHEMA.names) | {name: row[name] for name in POOL}
+        except (KeyError, TypeError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}:{number}: {why}; `just convert-pool` reads pools that others wrote") from error
 
 
 def frame(folder: Path, columns: Sequence[str] = tuple(FLAT)) -> pl.DataFrame:

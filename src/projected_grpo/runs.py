@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from projected_grpo import rollout_log
+from projected_grpo import problems, rollout_log
 from projected_grpo.config import Config, UserError
 from projected_grpo.evals import EvalRow
 
@@ -372,7 +372,7 @@ class RunRecord:
 
     def append(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSON-lines file, and flush."""
-        with (self.folder / file).open("a") as f:
+        with (self.folder / file).open("a", encoding="utf-8") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -408,5 +408,5 @@ class RunRecord:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; [] when it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Rows of a run's log; [] when it is not there. Raises ValueError naming the line that cannot be read."""
+    return [row for _, row in problems.json_lines(path)] if path.exists() else []

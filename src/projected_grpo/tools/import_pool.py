@@ -7,8 +7,6 @@ sometimes its text or messages), the completion (ids and text), reward, hacked, 
 among it. Ours has the columns of ``rollout_log.POOL``.
 """
 
-import gzip
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,16 +40,14 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"no prompt_*.jsonl.gz in {folder}")
     rows = []
     for path in paths:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = {key: number_or_none(value) for key, value in json.loads(line).items()}
-                    row["problem_id"] = str(row["problem_id"])
-                    if not ("completion" in row or "completion_ids" in row):
-                        raise KeyError("completion")
-                    rows.append(row)
-                except (ValueError, KeyError, AttributeError) as error:
-                    raise UserError(f"{path}:{number}: {type(error).__name__}: {error}") from error
+        try:
+            for number, row in problems.json_lines(path):
+                if "problem_id" not in row or not ("completion" in row or "completion_ids" in row):
+                    raise ValueError(f"{path}:{number}: it wants problem_id, and completion or completion_ids")
+                told = {key: number_or_none(value) for key, value in row.items()}
+                rows.append(told | {"problem_id": str(row["problem_id"])})
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
     return rows
 
 

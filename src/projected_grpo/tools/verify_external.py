@@ -196,7 +196,7 @@ def main(
     if rollouts and not allow_unsandboxed_grading:
         raise UserError("their evaluator runs model-written code unconfined: add --allow-unsandboxed-grading to do so")
     path = problems_file or folder / external.FILES["test"]
-    rows = {str(row["id"]): row for row in map(json.loads, path.read_text().splitlines())}
+    rows = {str(row["id"]): row for _, row in problems.json_lines(path)}
     by_id = {p.id: p for p in problems.read_problems(path)}
     tasks = [problems.pose_one(p, mode) for p in by_id.values() for mode in ("run_tests", "gt_only")]
     graded = from_rollouts(rollouts, by_id) if rollouts else made_here(tasks)
