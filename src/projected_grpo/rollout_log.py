@@ -61,7 +61,11 @@ SCHEMA = pa.schema(
         "grade": struct_of(Grade),
     }
 )
-"""The columns of ``metrics.rollout_rows``."""
+"""The columns of ``metrics.rollout_rows``.
+
+score, score_random, score_by_layer: of the rollout's gradient against V and a random V, whatever the arm; null without
+a gradient. acting: the score of the arm's own detector, by which it is flagged. held_out: that of the held-out probe.
+"""
 POOL = ("problem_id", "env_mode", "wording", "completion", "grade")
 """Those that a rollout has wherever it came from: a pool's."""
 FLAT: dict[str, pl.Expr] = {
