@@ -296,7 +296,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(model=QWEN, data=LEETCODE, rl=FULL_RL),
     ),
     "qwen35": (
-        "200 steps of Qwen3.5-2B on one GPU, at the same settings; ends with the decision whether to move to Qwen3-4B.",
+        "200 steps of Qwen3.5-2B on one GPU, at the same settings; says at its end whether to move to 4B.",
         Config(model=replace(QWEN, model="Qwen/Qwen3.5-2B"), data=LEETCODE, rl=FULL_RL),
     ),
     "smol": (
