@@ -1,14 +1,29 @@
 """The command line: presets, overrides, and one clear line for whatever the user can mend."""
 
+import importlib.util
+import io
+import json
+import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+import typing
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from projected_grpo.command_line import parse, run_main
-from projected_grpo.config import PRESETS, UserError, flat_fields
+from projected_grpo import memory, problems
+from projected_grpo.command_line import command, parse, run_main
+from projected_grpo.config import PRESETS, In, UserError, check_ranges, check_rules, flat_fields, ranges
+from projected_grpo.rewards import EXAMPLES
+from projected_grpo.sandbox.worker import SandboxError
+from projected_grpo.studies import results
+from projected_grpo.tools import build_pool, cli
 from projected_grpo.train import main
 
 SMALL = ["--steps=2", "--prompts-per-step=2", "--group=2", "--n-eval=1", "--eval-samples=1", "--graders=1"]
@@ -66,6 +81,159 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(argv, says, tmp_path, caps
     said = refused(main, [*argv, f"--outputs={tmp_path}"] if argv else argv, capsys)
     assert says in said
     assert not list(tmp_path.glob("runs/*"))
+
+
+BAD = [
+    ("--temperature=0", "--temperature is 0.0: it has to be over 0"),
+    ("--temperature=-1", "over 0"),
+    ("--top-p=0", "in (0, 1]"),
+    ("--steps=-3", "at least 1"),
+    ("--steps=0", "at least 1"),
+    ("--clip=nan", "over 0"),
+    ("--micro-batch=0", "at least 1"),
+    ("--k=0", "at least 1"),
+    ("--k=1.5", "--k"),
+    ("--svd-rank=0", "at least 1"),
+    ("--lr=-1", "over 0"),
+    ("--lr=inf", "over 0"),
+    ("--lr=fast", "--lr"),
+    ("--max-new=0", "at least 1"),
+    ("--n-eval=0", "at least 1"),
+    ("--checkpoint-every=0", "at least 1"),
+    ("--betas 0.9 1", "in [0, 1)"),
+    ("--scales 0.5 nan", "a finite number"),
+    ("--layers 0.6 0.4", "beginning"),
+    ("--modes", "--modes is empty"),
+    ("--eval-modes", "--eval-modes is empty"),
+    ("--modes sentinel sentinel", "each once"),
+    ("--name=a/b", "slash"),
+    ("--seed=-1", "--seed"),
+    ("--threads=-1", "at least 0"),
+    ("--learning-rate=1", "did you mean 'lr'?"),
+    ("--num-generations=4", "did you mean 'group'?"),
+    ("stray", "stray"),
+    ("--resume=none-such", "is not there"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), BAD)
+def test_a_bad_setting_is_named_when_it_is_parsed(words, says):
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        parse(["organism", *words.split()])
+    assert "\n" not in str(error.value)
+
+
+def test_every_number_has_a_range_and_every_preset_lies_in_its_own():
+    number = lambda kind: kind in (int, float) or any(number(a) for a in typing.get_args(kind))
+    bare = [n for n, kind in flat_fields().items() if number(kind) and None in ranges(kind)]
+    assert not bare
+    for _, cfg in PRESETS.values():
+        check_ranges(cfg)
+        check_rules(cfg)
+
+
+@pytest.mark.parametrize("interval", ["[0, 1]", "(0, 1]", "[0, 1)", "(0, inf)", "(0, inf]", "(-inf, inf)"])
+def test_intervals_hold_what_mathematics_says(interval):
+    low, high = map(float, interval[1:-1].split(","))
+    bound = In(interval)
+    assert bound.holds(low) == (interval[0] == "[")
+    assert bound.holds(high) == (interval[-1] == "]")
+    assert bound.holds(0.5)
+    assert not bound.holds(math.nan)
+
+
+def test_a_commands_own_flags_stand_beside_the_settings(capsys):
+    asked = parse(["smoke", "--first=3", "--steps=2"], build_pool.Asked)
+    assert (asked.first, asked.run.rl.steps, asked.run.preset) == (3, 2, "smoke")
+    assert "did you mean 'first'" in refused(build_pool.main, ["smoke", "--frist=3"], capsys)
+    assert "at least 1" in refused(build_pool.main, ["smoke", "--first=0"], capsys)
+    assert "over 0" in refused(memory.main, ["smoke", "--device-gb=-1"], capsys)
+    assert "Perhaps you meant: --outputs" in refused(command(results.main), ["--output=x"], capsys)
+
+
+def test_what_goes_wrong_on_the_way_is_a_line_too(tmp_path, capsys):
+    def fails(error):
+        def main(argv):
+            raise error
+
+        return main
+
+    assert "none-such" in refused(lambda _: (tmp_path / "none-such").read_text(), [], capsys)
+    assert "two workers" in refused(fails(SandboxError("a job failed in two workers")), [], capsys)
+    with pytest.raises(ZeroDivisionError):
+        run_main(fails(ZeroDivisionError()), [])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_entry_point_ends_with_a_line(number, status, capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def main(argv):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            assert {signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main, [])
+    assert stop.value.code == status
+    assert capsys.readouterr().err.strip().startswith("stopped")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(monkeypatch):
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit):
+        run_main(lambda _: print("‖δS‖ 1"), [])
+    monkeypatch.undo()
+    assert written.getvalue() == b"??S? 1\n"
+
+
+# --- the package ---------------------------------------------------------------------------------------------------
+
+
+def test_every_data_file_is_named_for_the_wheel_and_every_command_is_a_module():
+    root = Path(__file__).parents[2]
+    made = tomllib.loads((root / "pyproject.toml").read_text())
+    package = root / "src" / "projected_grpo"
+    patterns = made["tool"]["setuptools"]["package-data"]["projected_grpo"]
+    named = {path for pattern in patterns for path in package.glob(pattern)}
+    there = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert there - named == set()
+    module, _, name = made["project"]["scripts"]["projected-grpo"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    for module, _ in cli.COMMANDS.values():
+        assert importlib.util.find_spec(f"projected_grpo.{module}") is not None
+
+
+def test_the_console_script_names_its_commands_and_hands_over(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["projected-grpo"])
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {word} " in said for word in [*cli.COMMANDS, *PRESETS])
+    assert max(map(len, said.splitlines())) <= 100
+    assert "did you mean 'results'" in refused(cli.main, ["reslts"], capsys)
+    assert "did you mean 'steps'" in refused(cli.main, ["smoke", "--stesp=1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "there is no problem in it"),
+        (b"[\n{}\n]", ":1: a JSON list where an object should be"),
+        (b"\n" + json.dumps({"id": "x"}).encode(), ":2: no 'cases'"),
+        ('\n\n{"id": "é"}'.encode("latin-1"), ":3: 'utf-8' codec"),
+        (2 * (json.dumps(asdict(EXAMPLES[0])) + "\n").encode(), ":2: a second problem of id sum"),
+    ],
+)
+def test_a_problem_file_that_cannot_be_read_is_named_with_its_line(content, says, tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"p.jsonl{says}" if says[0] == ":" else says)) as error:
+        problems.tasks_for(parse(["organism", f"--problems={tmp_path / 'p.jsonl'}"]))
+    assert "\n" not in str(error.value)
 
 
 def test_unwritable_outputs(tmp_path, capsys):

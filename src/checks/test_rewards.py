@@ -191,6 +191,8 @@ def test_the_command_grades_a_file(tmp_path, capsys):
         assert not o.exists()
     with pytest.raises(UserError, match="go together"):
         main(p, None, o)
+    with pytest.raises(UserError, match="there is no folder"):
+        main(p, c, tmp_path / "none" / "O.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ The docstring under a field is its ``--help``. What ``command_line.parse`` retur
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from projected_grpo.data_types import Mode
 
@@ -30,6 +31,8 @@ class In:
 
     def __str__(self) -> str:
         low, high = self.interval[1:-1].split(",")
+        if low == "-inf":
+            return "a finite number"
         least = f"{'over' if self.interval[0] == '(' else 'at least'} {low}"
         return least if "inf" in high else f"in {self.interval}"
 
@@ -296,11 +299,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(model=QWEN, data=LEETCODE, rl=FULL_RL),
     ),
     "qwen35": (
-        "200 steps of Qwen3.5-2B on one GPU, at the same settings; says at its end whether to move to 4B.",
+        "200 steps of Qwen3.5-2B on one GPU; says at its end whether to move to Qwen3-4B.",
         Config(model=replace(QWEN, model="Qwen/Qwen3.5-2B"), data=LEETCODE, rl=FULL_RL),
     ),
     "smol": (
-        "20 steps of SmolLM2-135M on a CPU: a real pretrained chat model through every part of the loop.",
+        "20 steps of SmolLM2-135M on a CPU: a pretrained chat model through every part.",
         Config(
             model=ModelCfg(model="smol", dtype="auto"),
             data=DataCfg(problems="functions", modes=("exit_code", "stdout_marker", "file_marker")),
@@ -314,7 +317,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
 PRESETS = {name: (text, replace(cfg, preset=name)) for name, (text, cfg) in PRESETS.items()}
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend. The message is one line that says how; programs exit 2 with it, no traceback."""
 
 
@@ -357,10 +360,24 @@ def check_ranges(settings: Any) -> None:
     """Refuse, in one line, a number out of its range. settings: a dataclass, groups and all."""
     kinds = flat_fields(type(settings))
     for name, value in flat(settings).items():
-        for kind, x in values_of(kinds[name], value):
-            for bound in getattr(kind, "__metadata__", ()):
-                if not bound.holds(x):
-                    raise UserError(f"--{name.replace('_', '-')} is {x}: it has to be {bound}")
+        if value is None:
+            continue
+        for bound, x in zip(ranges(kinds[name], value), value if isinstance(value, tuple) else (value,), strict=True):
+            if bound is not None and not bound.holds(x):
+                raise UserError(f"--{name.replace('_', '-')} is {x}: it has to be {bound}")
+
+
+def ranges(kind: Any, value: Any = None) -> list[In | None]:
+    """The range of a setting of that type, or of each member of the tuple that is its value; None for no number's."""
+    inner = [a for a in get_args(kind) if a is not type(None)]
+    if hasattr(kind, "__metadata__"):
+        return [next((b for b in kind.__metadata__ if isinstance(b, In)), None)]
+    if get_origin(kind) in (types.UnionType, Union):
+        return ranges(inner[0], value)
+    if get_origin(kind) is tuple:
+        members = [inner[0]] * (1 if value is None else len(value)) if inner[-1] is ... else inner
+        return [bound for member in members for bound in ranges(member)]
+    return [None]
 
 
 def check_rules(cfg: Config) -> None:
@@ -368,19 +385,8 @@ def check_rules(cfg: Config) -> None:
     first, last = cfg.model.layers
     if first >= last:
         raise UserError(f"--layers is {first} {last}: the window's beginning has to lie before its end")
-    modes = cfg.data.modes
-    if not modes or len(set(modes)) < len(modes):
-        raise UserError(f"--modes is {' '.join(modes) or 'empty'}: name one loophole or more, each once")
+    for flag, modes in (("modes", cfg.data.modes), ("eval-modes", cfg.data.eval_modes)):
+        if modes is not None and not 0 < len(modes) == len(set(modes)):
+            raise UserError(f"--{flag} is {' '.join(modes) or 'empty'}: name one loophole or more, each once")
     if cfg.name is not None and not re.fullmatch(r"[^/\\\0.][^/\\\0]{0,199}", cfg.name):
         raise UserError(f"--name={cfg.name} cannot be a folder's name: no slash, no dot at its beginning, 200 letters")
-
-
-def values_of(kind: Any, value: Any) -> Iterator[tuple[Any, Any]]:
-    """(type, value) of a setting, or of each of a tuple's members; nothing of one that is unset."""
-    if isinstance(value, tuple):
-        inner = get_args(kind)
-        for i, x in enumerate(value):
-            yield inner[0] if inner[-1:] == (...,) else inner[i], x
-    elif value is not None:
-        optional = [a for a in get_args(kind) if hasattr(a, "__metadata__")]
-        yield kind if hasattr(kind, "__metadata__") or not optional else optional[0], value

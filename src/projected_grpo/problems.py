@@ -157,7 +157,7 @@ def as_function(problem: Problem) -> Problem:
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, row) of a file's lines, gzipped or not; they end at \\n alone: U+2028 may stand in one.
 
-    Raises ValueError naming the line that is no JSON object in UTF-8, or the file that is no whole gzip file.
+    Raises UserError naming the line that is no JSON object in UTF-8, or the file that is no whole gzip file.
     """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
         try:
@@ -165,23 +165,23 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _object(line, f"{path}:{number}")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is no whole gzip file: {error}") from error
+            raise UserError(f"{path} is no whole gzip file: {error}") from error
 
 
 def _object(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig")) if line.lstrip()[:1] != b"[" else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a JSON {type(row).__name__} where an object should be, one a line")
+        raise UserError(f"{place}: a JSON {type(row).__name__} where an object should be, one a line")
     return row
 
 
 def read_problems(path: Path) -> list[Problem]:
     """All problems of a JSON-lines file, in either format.
 
-    Raises ValueError naming the line that cannot be read, has an id that another has, or tests nothing.
+    Raises UserError naming the line that cannot be read, has an id that another has, or tests nothing.
     """
     problems: dict[str, Problem] = {}
     for number, row in json_lines(Path(path)):
@@ -196,9 +196,9 @@ def read_problems(path: Path) -> list[Problem]:
                 raise ValueError(f"problem {made.id} has no tests: whatever is submitted would be right")
             problems[made.id] = made
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{path}:{number}: {error}") from error
         except KeyError as error:
-            raise ValueError(f"{path}:{number}: no {error}") from error
+            raise UserError(f"{path}:{number}: no {error}") from error
     return list(problems.values())
 
 

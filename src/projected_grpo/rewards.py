@@ -338,6 +338,8 @@ def main(
     files = (problems, completions, out)
     if any(files) and not all(files):
         raise UserError("--problems, --completions and --out go together")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no folder {out.parent}")
     with Grader(workers, allow_unsandboxed_grading) as grader:
         if problems and completions and out:
             print(f"{grade_file(grader, problems, completions, out)} graded -> {out}")

@@ -182,7 +182,7 @@ def _pool_rows(path: Path) -> Iterator[Row]:
             yield dict.fromkeys(SCHEMA.names) | {name: row[name] for name in POOL}
         except (KeyError, TypeError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path}:{number}: {why}; `just convert-pool` reads pools that others wrote") from error
+            raise UserError(f"{path}:{number}: {why}; `just convert-pool` reads pools that others wrote") from error
 
 
 def frame(folder: Path, columns: Sequence[str] = tuple(FLAT)) -> pl.DataFrame:

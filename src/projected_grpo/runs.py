@@ -408,5 +408,5 @@ class RunRecord:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's log; [] when it is not there. Raises ValueError naming the line that cannot be read."""
+    """Rows of a run's log; [] when it is not there. Raises UserError naming the line that cannot be read."""
     return [row for _, row in problems.json_lines(path)] if path.exists() else []
