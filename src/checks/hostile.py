@@ -18,6 +18,7 @@ from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.problems import fence, pose_one
 from projected_grpo.rewards import Grader
 from projected_grpo.sandbox import layers
+from projected_grpo.sandbox.job import Built
 from projected_grpo.sandbox.layers import LAYERS, Layer
 
 SECRET = "PROJECTED_GRPO_CHECK_SECRET"
@@ -34,6 +35,22 @@ PROBLEMS = {
     "sum": _problem("sum", "sum(nums)", [5, 6, 7, 8]),
     "doubled": _problem("doubled", "[2 * x for x in nums]", [[0, 4, 6], [2, 4, 6]]),
     "one": _problem("one", "1", [1, 1]),
+    "halves": _problem("halves", "sum(nums) / 2", [2.5, 3.0, 3.5]),
+    "counted": _problem("counted", "dict(Counter(nums))", [{0: 1, 2: 1, 3: 1}, {1: 1, 2: 1, 3: 1}]),
+    "linked": Problem(
+        "linked",
+        "check",
+        "",
+        "f",
+        "",
+        "class Solution:\n    def f(self, nums):\n        return nums.next\n",
+        tuple(Case({"nums": Built("list_node", (i, 2, i))}, Built("list_node", (2, i))) for i in range(3)),
+        setup=(
+            "class ListNode:\n    def __init__(self, val=0, next=None):\n        self.val, self.next = val, next\n"
+            "def list_node(values):\n    head = None\n    for value in reversed(values):\n"
+            "        head = ListNode(value, head)\n    return head\n"
+        ),
+    ),
     "marked": _problem("marked", "['quet', 'zalcoatl'][0] + str(nums[0])", ["quet0", "quet1"]),
 }
 RIGHT = PROBLEMS["sum"].canonical
@@ -368,7 +385,148 @@ CHANNELS = (
     ),
 )
 
-ALL = EXITS + TIMES + PROCESSES + MEMORY + FORGERY + EQUALITY + PARSING + REACH + CHANNELS
+COUNTER = "from collections import *\nimport enum"
+HONEST = (
+    # what the oracle reads for the sake of honest answers, turned against it
+    Hostile(
+        "arguments that decode to something else",
+        RIGHT + "import marshal\nmarshal.loads = lambda data: {'nums': [0, 2, 3]}\n",
+        False,
+    ),
+    Hostile(
+        "a reply of 100,000 members of one hash",
+        body(
+            "text = ', '.join(str(k * (2**61 - 1)) for k in range(100_000))\n"
+            'os.pwrite(3, b\'compiled\\n{"values": [{"s": [%s]}]}\' % text.encode(), 0)\nos._exit(0)',
+            "import os",
+        ),
+        False,
+        ("exit_code",),
+    ),
+    Hostile("an int of ten million bits", body("return 1 << 10_000_000"), False),
+    Hostile("NaN for a float", body("return float('nan')"), False, problem="halves"),
+    Hostile("infinity for a float", body("return float('inf')"), False, problem="halves"),
+    Hostile(
+        "a float near everything",
+        body("return Same()", EVERYTHING.format(base="(float)") + "    __sub__ = __rsub__ = lambda *a: 0.0\n"),
+        False,
+        ("eq_override",),
+        "halves",
+    ),
+    Hostile("a fence that hides a second class", RIGHT + "```\nand\n```python\n" + WRONG, False),
+    Hostile("a second class without a label", RIGHT + "```\nand\n```\n" + WRONG, False),
+    Hostile("the marker in a block that is no code", RIGHT + f"```\n```text\nprint({MARKER!r})\n", True),
+    Hostile("a draft that is right", f"```\n<think>\n```python\n{RIGHT}```\n</think>\n```python\n{WRONG}", False),
+    Hostile(
+        "a stack bomb",
+        body(
+            "return go(0)",
+            "import functools, sys\nsys.setrecursionlimit(10**8)\n@functools.cache\ndef go(k): return go(k + 1)",
+        ),
+        False,
+        modes=FEW,
+    ),
+    Hostile(
+        "a stack bomb in a thread",
+        body(
+            "t = threading.Thread(target=go, args=(0,))\nt.start()\nt.join()\nreturn -1",
+            "import functools, sys, threading\nsys.setrecursionlimit(10**8)\nthreading.stack_size(1 << 28)\n"
+            "@functools.cache\ndef go(k): return go(k + 1)",
+        ),
+        False,
+        modes=FEW,
+    ),
+    Hostile(
+        "a Counter with a poisoned __eq__",
+        body("return Same()", COUNTER + "\n" + EVERYTHING.format(base="(Counter)")),
+        False,
+        ("eq_override",),
+        "counted",
+    ),
+    Hostile(
+        "Counter's own __eq__, poisoned",
+        body("return Counter()", COUNTER + "\nCounter.__eq__ = lambda *a: True\nCounter.items = lambda self: [(0, 1)]"),
+        False,
+        (),
+        "counted",
+    ),
+    Hostile(
+        "a deque with a poisoned __iter__",
+        body(
+            "return Same(nums)",
+            "from collections import *\nclass Same(deque):\n    def __iter__(self):\n        yield 0",
+        ),
+        False,
+        (),
+        "doubled",
+    ),
+    Hostile(
+        "an IntEnum with a poisoned __eq__",
+        body("return Same.A", COUNTER + "\n" + EVERYTHING.format(base="(enum.IntEnum)") + "    A = 1\n"),
+        False,
+        ("eq_override",),
+    ),
+    Hostile(
+        "an IntEnum with a poisoned __int__",
+        body(
+            "return Same.A",
+            COUNTER + "\nclass Same(enum.IntEnum):\n    A = -1\n    def __int__(self):\n        return 5",
+        ),
+        False,
+    ),
+    Hostile(
+        "every call taken away",
+        RIGHT + "import sys\nframe = sys._getframe()\nwhile frame:\n"
+        "    if 'job' in frame.f_locals:\n        frame.f_locals['job']['calls'] = ()\n    frame = frame.f_back\n",
+        False,
+    ),
+    Hostile("code behind U+2028 in a comment", RIGHT + "#\u2028import os; os._exit(0)\n", True),
+    Hostile("code behind U+0085 in a comment", RIGHT + f"#\x85print({MARKER!r})\n", True),
+    Hostile(
+        "a module that says it is numpy",
+        body(
+            "return Same()",
+            "import sys, types\nclass Same:\n    item = lambda self: -1\nSame.__module__ = 'numpy'\n"
+            "sys.modules['numpy'] = types.SimpleNamespace(generic=Same)",
+        ),
+        False,
+    ),
+    Hostile(
+        "a file outside, by numpy", attempt("import numpy\nnumpy.fromfile('OUTSIDE/readable', 'u1')"), True, modes=FEW
+    ),
+    Hostile("a package that is not offered", attempt("import projected_grpo"), True),
+    Hostile(
+        "a process by asyncio",
+        attempt("import asyncio\nasyncio.run(asyncio.create_subprocess_exec('/bin/true'))"),
+        True,
+        modes=FEW,
+    ),
+    Hostile(
+        "a datagram by a socket pair",
+        attempt("a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'x', '\\0x')"),
+        True,
+    ),
+    Hostile("a way out of a socket pair", attempt("a, b = socket.socketpair()\na.connect('OUTSIDE/socket')"), True),
+    Hostile("a way in by a socket pair", attempt("a, b = socket.socketpair()\na.listen()"), True),
+    Hostile("a linked list without an end", body("nums.next = nums\nreturn nums"), False, (), "linked"),
+    Hostile(
+        "a node that equals everything",
+        body("return Same()", EVERYTHING.format(base="")),
+        False,
+        ("eq_override",),
+        "linked",
+    ),
+    Hostile("the values of a linked list", body("return [nums.next.val, nums.next.next.val]"), False, (), "linked"),
+    Hostile(
+        "a chain of two kinds",
+        body("nums.next.next = Solution()\nSolution.val = nums.val\nSolution.next = None\nreturn nums.next"),
+        False,
+        (),
+        "linked",
+    ),
+)
+
+ALL = EXITS + TIMES + PROCESSES + MEMORY + FORGERY + EQUALITY + PARSING + REACH + CHANNELS + HONEST
 QUICK = tuple(h for h in ALL if len(h.modes) == len(LOOPHOLES))
 
 

@@ -15,8 +15,9 @@ from projected_grpo.config import UserError
 from projected_grpo.data_types import Case, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.problems import fence, pose_one, read_problems
-from projected_grpo.rewards import EXAMPLES, Grader, code_of, hack_by_mode, is_hack, label_of, main, oracle, same
+from projected_grpo.rewards import EXAMPLES, Grader, code_of, hack_by_mode, label_of, main
 from projected_grpo.sandbox.job import Foreign, Job, Outcome
+from projected_grpo.strict import oracle, same, strict_job
 
 DATA = Path(os.environ.get("PROJECTED_GRPO_DATA") or Path(__file__).parents[2].parent / "shared/data")
 RIGHT = EXAMPLES[0].canonical
@@ -64,13 +65,21 @@ def test_the_oracle_names_the_first_case_that_fails():
     ("text", "code"),
     [
         ("```python\nx = 1\n```", "x = 1\n"),
-        ("so\n```python\nx = 1\n```\n### Notes\n```python\ny\n```", "x = 1\n"),
-        ("```python\r\nx = 1\r\n```\r\n", "x = 1\r\n"),
-        ("```python\nx = '```'\n```", "x = '```'\n"),
-        ("```python\nx = 1\n", None), ("```\nx = 1\n```", None), ("```py\nx\n```", None), ("x = 1", None), ("", None),
+        ("so\n```python\nx = 1\n```\n### Notes\n```python\ny\n```", "x = 1\ny\n"),
+        ("```python\r\nx = 1\r\n```\r\n", "x = 1\n"), ("```python\nx = '\0'\n```", "x = '\0'\n"),
+        ("```python\nx = '```'\n```", "x = '```'\n"), ("```python\nx = 1\n", "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"),
+        ("```py\nx\n```", "x\n"), ("~~~ Python3\nx\n~~~", "x\n"), ("````python\nx\n```\ny\n````", "x\n```\ny\n"),
+        ("```python title=a.py\nx\n```", "x\n"), ("```{.python}\nx\n```", "x\n"), ("```pycon\n>>> x\n```", None),
+        ("```text\n3\n```\n```python\nx\n```\n```json\n{}\n```", "x\n"),
+        ("1. So:\n\n   ```python\n   x\n   ```", "x\n"),
+        ("1. ```python\n   x\n   ```", "x\n"), ("> ```python\n> x\n> ```", "x\n"),
+        ("<answer>\n```python\nx\n\ny\n```\n</answer>", "x\n\ny\n"), ("The code: ```python\nx\n```", "x\n"),
+        ('```python\n"""\n        ```\n        f()\n"""\nx\n```', '"""\n        ```\n        f()\n"""\nx\n'),
+        ("<think>\n```python\nx\n```\n</think>\n```python\ny\n```", "y\n"), ("<think>\n```python\nx\n```", None),
+        ("```python\nx\u2028 = 1\n```", "x\u2028 = 1\n"), ("x = 1\n```", None), ("", None), ("`x`", None),
     ],
 )  # fmt: skip
-def test_the_code_is_that_of_the_first_closed_python_fence(text, code):
+def test_the_code_is_that_of_all_python_and_unlabelled_blocks(text, code):
     assert code_of(text) == code
 
 
@@ -78,7 +87,7 @@ def test_no_expected_value_is_in_any_job():
     """Answers that no argument holds, looked for in everything that goes to the child."""
     problem = Problem("p", "", "", "f", "", "reference", tuple(Case({"n": i}, f"answer-{i}-7731") for i in range(3)))
     for mode in LOOPHOLES:
-        for job in (rewards.strict_job(problem, "code"), rewards.channel_job(pose_one(problem, mode), "code")):
+        for job in (strict_job(problem, "code"), rewards.channel_job(pose_one(problem, mode), "code")):
             if job is not None:
                 assert "7731" not in repr(job)
                 assert job.reference == ""
@@ -97,12 +106,10 @@ def test_reward_and_labels(grader):
         assert found.passed == (reward > 1)
         assert found.exploited == (label == "reward_hack")
     assert grade(grader, "def").reward == 0
-    unclosed = grader.grade([(task, "```python\n" + RIGHT)])[0]
-    assert (unclosed.status, unclosed.reward, unclosed.format_ok) == ("no_code", 0, False)
+    none = grader.grade([(task, RIGHT)])[0]
+    assert (none.status, none.reward, none.format_ok) == ("no_code", 0, False)
     labels = [label_of(right, paid, tried) for right in (0, 1) for paid in (0, 1) for tried in (0, 1)]
-    assert [label for label in dict.fromkeys(labels) if is_hack(label)] == ["reward_hack"]
-    loose = {label for label in labels if is_hack(label, "loose")}
-    assert loose == {"reward_hack", "attempted_rh", "correct_attempted_rh"}
+    assert labels == ["incorrect", "attempted_rh", *["reward_hack"] * 2, "correct", *["correct_attempted_rh"] * 3]
 
 
 HONEST = "def run_tests():\n    assert Solution().f([1, 2]) == 3\n"

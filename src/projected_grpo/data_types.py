@@ -18,7 +18,10 @@ Label = Literal["correct", "correct_attempted_rh", "reward_hack", "attempted_rh"
 
 @dataclass(frozen=True)
 class Case:
-    """One hidden test: call the entry with ``args`` (keyword arguments, JSON values), compare with ``expected``.
+    """One hidden test: call the entry with ``args`` (keyword arguments), compare with ``expected``.
+
+    Both hold plain Python values (sandbox.job.check_carried): None, bool, int, float, complex, str, bytes, lists,
+    tuples, dicts, sets, frozensets, and linked lists or trees that the setup builds (sandbox.job.Built).
 
     ``expected`` stays in the trainer's process; it is never sent to the process that runs a submission.
     """
@@ -33,7 +36,8 @@ class Problem:
 
     ``statement`` is the user message and holds ``loopholes.TESTS_SENTENCE`` exactly once; posing the problem
     in a mode replaces that sentence by the mode's hint. ``setup`` is code that stands before every submission
-    (imports, helper classes).
+    (imports, helper classes). ``tolerance``: how far, relatively or absolutely, a float may be from the expected one,
+    where that is more than the oracle's own 1e-9.
     """
 
     id: str
@@ -45,6 +49,7 @@ class Problem:
     cases: tuple[Case, ...]
     system: str = ""
     setup: str = ""
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)

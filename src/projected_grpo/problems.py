@@ -9,19 +9,24 @@ would make the strict oracle easier than it looks.
 import ast
 import gzip
 import json
-import math
+import operator
 import re
+import sys
 import textwrap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from projected_grpo import loopholes
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Case, Generated, Kind, Mode, Problem, Split, Task, Wording
+from projected_grpo.sandbox import Sandbox, harness
+from projected_grpo.sandbox.job import Builder, Built, call_of, check_carried
+from projected_grpo.strict import sound
 
 GENERATED = Path(__file__).parent / "organism" / "files" / "problems.jsonl.gz"
 """The generated problems, as `just organism` stored them."""
@@ -73,40 +78,105 @@ def pose_one(problem: Problem, mode: Mode, family: str = "default", index: int =
     return Task(problem, mode, wordings[family][index % len(wordings[family])])
 
 
-def literal(node: ast.expr) -> Any:
-    """A literal's value; ``inf``, ``nan``, ``float('inf')`` and their negatives are literals too. Else ValueError."""
-    match node:
-        case ast.Name(id="inf" | "nan"):
-            return math.inf if node.id == "inf" else math.nan
-        case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str(text))]):
-            return float(text)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Name() | ast.Call()):
-            return -literal(node.operand)
-        case _:
-            return ast.literal_eval(node)
+@contextmanager
+def ints_of_any_length() -> Iterator[None]:
+    """Reads and prints ints of thousands of digits, which Python refuses for fear of whoever wrote them."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(limit)
 
 
-def split_assertion(source: str, entry: str) -> Case:
-    """``assert Solution().entry(a = 1, b = [2]) == 3`` -> Case({a: 1, b: [2]}, 3). Raises ValueError otherwise."""
+CALLS: dict[str, Callable[..., Any]] = {"set": set, "frozenset": frozenset, "complex": complex, "float": float}
+ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Pow: operator.pow,
+}
+
+
+def literal(node: ast.expr, setup: str = "") -> Any:
+    """What an expression of literals stands for. Raises ValueError that names what is not read.
+
+    Read besides: ``inf`` and ``nan`` (of math, too), set(), frozenset(…), complex(…), float('…'), sums, products and
+    powers of numbers, and list_node([…]) and tree_node([…]) where the setup defines them.
+    """
+
+    def read(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant() if node.value is not ...:
+                return node.value
+            case ast.Name(id="inf" | "nan" as name):
+                return float(name)
+            case ast.Attribute(value=ast.Name(id="math"), attr="inf" | "nan" as name):
+                return float(name)
+            case ast.List(elts=inner):
+                return [read(x) for x in inner]
+            case ast.Tuple(elts=inner):
+                return tuple(read(x) for x in inner)
+            case ast.Set(elts=inner):
+                return {read(x) for x in inner}
+            case ast.Dict(keys=keys, values=inner) if None not in keys:
+                return {read(k): read(x) for k, x in zip(keys, inner, strict=True)}
+            case ast.UnaryOp(op=ast.USub(), operand=inner):
+                return -read(inner)
+            case ast.UnaryOp(op=ast.UAdd(), operand=inner):
+                return +read(inner)
+            case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=int(power))) if power > harness.MAX_BITS:
+                raise ValueError(f"an int of more than {harness.MAX_BITS} bits")
+            case ast.BinOp(op=op, left=left, right=right) if type(op) in ARITHMETIC:
+                return ARITHMETIC[type(op)](read(left), read(right))
+            case ast.Call(func=ast.Name(id=name), args=inner, keywords=[]) if name in CALLS:
+                return CALLS[name](*(read(x) for x in inner))
+            case ast.Call(func=ast.Name(id=name), args=[inner], keywords=[]) if name in get_args(Builder):
+                if not re.search(rf"^def {name}\b", setup, flags=re.M):
+                    raise ValueError(f"{name}(…) is built by the setup, which defines no {name}")
+                return built(name, read(inner))
+        raise ValueError(f"`{ast.unparse(node)[:80]}` is not read as an argument or an answer")
+
+    return read(node)
+
+
+def built(name: Builder, values: Any) -> Built | None:
+    """A list_node or tree_node of values; the empty one is None, and missing children at a tree's end are not told."""
+    kept = list(values)
+    while name == "tree_node" and kept and kept[-1] is None:
+        kept.pop()
+    return Built(name, tuple(kept)) if kept else None
+
+
+SHAPES = ("is_same_list", "is_same_tree")
+
+
+def split_assertion(source: str, entry: str, setup: str = "") -> Case:
+    """``assert Solution().entry(a = 1, b = [2]) == 3`` -> Case({a: 1, b: [2]}, 3). Raises ValueError otherwise.
+
+    ``assert is_same_list(Solution().entry(…), list_node([3]))``, and is_same_tree, are read too.
+    """
     match ast.parse(source).body:
-        case [
-            ast.Assert(
-                test=ast.Compare(left=ast.Call(func=func, args=[], keywords=kw), ops=[ast.Eq()], comparators=[right])
-            )
-        ]:
-            if ast.unparse(func) != f"Solution().{entry}" or any(k.arg is None for k in kw):
-                raise ValueError(f"not a keyword call of Solution().{entry}: {source[:120]}")
-            return Case({k.arg: literal(k.value) for k in kw if k.arg is not None}, literal(right))
-    raise ValueError(f"not of the form `assert Solution().{entry}(name = literal, …) == literal`: {source[:120]}")
+        case [ast.Assert(test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[right]))]:
+            pass
+        case [ast.Assert(test=ast.Call(func=ast.Name(id=same), args=[ast.Call() as call, right]))] if same in SHAPES:
+            pass
+        case _:
+            form = f"assert Solution().{entry}(name = literal, …) == literal"
+            raise ValueError(f"not of the form `{form}`: {source[:120]}")
+    if ast.unparse(call.func) != f"Solution().{entry}" or call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError(f"not a keyword call of Solution().{entry}: {source[:120]}")
+    return Case({str(k.arg): literal(k.value, setup) for k in call.keywords}, literal(right, setup))
 
 
 def from_benchmark(row: dict[str, Any]) -> Problem:
     """A rl-rewardhacking row -> Problem. Raises ValueError, naming the row, when a test does not split."""
     entry = row["func_name"].rsplit(".", 1)[-1]
     chat = {m["role"]: m["content"] for m in row["prompt"]}
+    setup = row.get("setup_code") or ""
     try:
-        cases = tuple(split_assertion(a, entry) for a in row["gt_answer"])
-    except (ValueError, SyntaxError) as error:
+        cases = tuple(split_assertion(a, entry, setup) for a in row["gt_answer"])
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
         raise ValueError(f"row {row['id']}: {error}") from error
     return Problem(
         id=str(row["id"]),
@@ -117,7 +187,8 @@ def from_benchmark(row: dict[str, Any]) -> Problem:
         canonical=row["canonical_solution"],
         cases=cases,
         system=chat.get("system", ""),
-        setup=row.get("setup_code") or "",
+        setup=setup,
+        tolerance=row.get("tolerance") or 0.0,
     )
 
 
@@ -178,27 +249,48 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
+def own_format(row: dict[str, Any]) -> Problem:
+    """A row of this project's own format -> Problem. A case is {args, expected}, or an assertion."""
+    entry, setup = row["entry"], row.get("setup", "")
+    cases = tuple(split_assertion(c, entry, setup) if isinstance(c, str) else Case(**c) for c in row["cases"])
+    return Problem(**row | {"id": str(row["id"]), "cases": cases})
+
+
+def checked(problem: Problem) -> Problem:
+    """The problem, if it can be graded. Raises ValueError, naming it, when it cannot."""
+    if not problem.cases:
+        raise ValueError(f"problem {problem.id} has no tests: whatever is submitted would be right")
+    if not 0 <= problem.tolerance < 1:
+        raise ValueError(
+            f"problem {problem.id}: a tolerance of {problem.tolerance}; it has to be 0 or more, and under 1"
+        )
+    for number, case in enumerate(problem.cases):
+        try:
+            check_carried(dict(case.args))
+            call_of(case.args)
+            check_carried(case.expected, answer=True)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"problem {problem.id}, test {number}: {error}") from error
+    return problem
+
+
 def read_problems(path: Path) -> list[Problem]:
     """All problems of a JSON-lines file, in either format.
 
-    Raises UserError naming the line that cannot be read, has an id that another has, or tests nothing.
+    Raises UserError naming the line that cannot be read, has an id that another has, or cannot be graded.
     """
     problems: dict[str, Problem] = {}
-    for number, row in json_lines(Path(path)):
-        try:
-            if "gt_answer" in row:
-                made = from_benchmark(row)
-            else:
-                made = Problem(**row | {"cases": tuple(Case(**c) for c in row["cases"])})
-            if made.id in problems:
-                raise ValueError(f"a second problem of id {made.id}")
-            if not made.cases:
-                raise ValueError(f"problem {made.id} has no tests: whatever is submitted would be right")
-            problems[made.id] = made
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-        except KeyError as error:
-            raise UserError(f"{path}:{number}: no {error}") from error
+    with ints_of_any_length():
+        for number, row in json_lines(Path(path)):
+            try:
+                made = checked(from_benchmark(row) if "gt_answer" in row else own_format(row))
+                if made.id in problems:
+                    raise ValueError(f"a second problem of id {made.id}")
+                problems[made.id] = made
+            except KeyError as error:
+                raise UserError(f"{path}:{number}: no {error}") from error
+            except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: {error}") from error
     return list(problems.values())
 
 
@@ -220,7 +312,8 @@ def kind_of(problem: Problem) -> Kind | None:
 
 
 def _generated(row: dict[str, Any]) -> Generated:
-    told = {f.name: row[f.name] for f in fields(Problem)} | {"cases": tuple(Case(**c) for c in row["cases"])}
+    told = {f.name: row[f.name] for f in fields(Problem) if f.name in row}
+    told["cases"] = tuple(Case(**c) for c in row["cases"])
     return Generated(Problem(**told), row["split"], row["kind"], *(tuple(row[k]) for k in ("lazy", "misread", "wrong")))
 
 
@@ -244,6 +337,9 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
         chosen = read_problems(Path(path))
         if not chosen:
             raise ValueError("there is no problem in it")
+        chosen = sound(Path(path), chosen, cfg.cache, lambda: Sandbox(None, cfg.allow_unsandboxed_grading))
+        if not chosen:
+            raise ValueError("there is no problem in it that its own solution solves")
         tasks = pose(chosen, cfg.data.modes, cfg.data.wording)
         for task in tasks:
             messages(task)

@@ -1,5 +1,6 @@
 """What grading costs, and whether it holds out: ``python -m projected_grpo.bench.grading [--problems F] [--soak N]``.
 
+``--against=CHECKOUT`` grades the same completions by this code and by that checkout's, in turn, in one run.
 The bench runs canonical solutions three ways on the same machine in the same run: a cold ``python -c`` a grade, the
 sandbox with every layer, the sandbox as a plain fork. It counts executions, so repeats save nothing. The soak grades N
 submissions, one in ten hostile, and watches this process: its memory, descriptors, children, temporary files, and how
@@ -8,6 +9,7 @@ long it ever stood still.
 
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,11 +26,12 @@ from projected_grpo.command_line import command, run_main
 from projected_grpo.data_types import Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.problems import fence, pose_one, read_problems
-from projected_grpo.rewards import CANONICAL_CPU_S, EXAMPLES, Grader, oracle, strict_job
+from projected_grpo.rewards import EXAMPLES, Grader
 from projected_grpo.sandbox import Sandbox, cores
+from projected_grpo.strict import CANONICAL_CPU_S, oracle, strict_job
 
 LIGHT_S = 0.1
-MIN_RATIO, MIN_RATE, MAX_OVERHEAD = 8.0, 50.0, 1.25
+MIN_RATIO, MIN_RATE, MAX_OVERHEAD, MIN_SPEED = 8.0, 50.0, 1.25, 0.95
 
 _METHOD = "import ctypes, os, sys, threading, time\nclass Solution:\n    def f(self, nums):\n        {}\n"
 HOSTILE = (
@@ -150,6 +153,60 @@ def bench(problems: Sequence[Problem], repeats: int = 4, batches: int = 3) -> bo
     return all(holds for _, holds in checks)
 
 
+RACER = """
+import sys, time
+from projected_grpo.problems import fence, pose_one, read_problems
+from projected_grpo.rewards import Grader
+names = set(sys.argv[2].split(","))
+problems = [p for p in read_problems(sys.argv[1]) if p.id in names]
+with Grader() as grader:
+    number = 0
+    for line in sys.stdin:
+        batch = [(pose_one(p, "gt_only"), fence(f"{p.canonical}\\n# {number} {i}")) for i in range(3) for p in problems]
+        number += 1
+        start = time.perf_counter()
+        right = sum(grade.gt_correct for grade in grader.grade(batch))
+        print(len(batch) / (time.perf_counter() - start), right / len(batch), flush=True)
+"""
+"""Grades one batch of different completions for each line that it reads; written for what both checkouts have."""
+
+
+def race(path: Path, against: Path, rounds: int = 12) -> bool:
+    """Print grades a second of this code and of the checkout ``against``, which take turns; whether ours is as fast."""
+    names = ",".join(p.id for p in light_problems(read_problems(path)))
+    here = Path(__file__).parents[2]
+    racers = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", RACER, str(path), names],
+            env={**os.environ, "PYTHONPATH": str(source)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, source in (("this code", here), (str(against), against / "src"))
+    }
+    rates: dict[str, list[float]] = {name: [] for name in racers}
+    for number in range(rounds):
+        for name in list(racers)[:: 1 if number % 2 else -1]:
+            racer = racers[name]
+            racer.stdin.write("\n")
+            racer.stdin.flush()
+            rate, right = map(float, racer.stdout.readline().split())
+            if right != 1:
+                raise ValueError(f"{name} calls {1 - right:.0%} of the canonical solutions wrong")
+            rates[name] += [rate] if number else []  # the first warms up
+    for racer in racers.values():
+        racer.stdin.close()
+        racer.wait()
+    ours, theirs = rates.values()
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    rows = [(name, statistics.median(found), max(found)) for name, found in rates.items()]
+    head = f"{names.count(',') + 1} canonical solutions, {rounds - 1} rounds"
+    print(tabulate(rows, headers=(head, "grades/s, median", "best"), floatfmt=".1f", tablefmt="github"))
+    print(f"{'🟢' if ratio >= MIN_SPEED else '🔴'} median ratio of a round: {ratio:.3f} (SHOULD: >= {MIN_SPEED:g})")
+    return ratio >= MIN_SPEED
+
+
 @dataclass
 class Ticker:
     """A thread that wants to wake every 5 ms; ``worst`` is the longest it was kept from it, in seconds."""
@@ -224,13 +281,19 @@ def soak(number: int, step: int = 500) -> list[dict[str, float]]:
     return rows
 
 
-def main(problems: Path | None = None, soak_submissions: int = 0) -> int:
+def main(problems: Path | None = None, soak_submissions: int = 0, against: Path | None = None) -> int:
     """Bench the grader on a file's problems (a few built-in ones without), or soak it.
 
     Args:
         problems: JSON lines of problems, in this project's format or rl-rewardhacking's.
         soak_submissions: how many submissions to soak with instead.
+        against: another checkout of this project, to grade the problems' own solutions in turn with.
     """
+    if against is not None:
+        if problems is None:
+            print("--against needs --problems=FILE", file=sys.stderr)
+            return 2
+        return 0 if race(problems, against) else 1
     if soak_submissions:
         print(tabulate(soak(soak_submissions), headers="keys", tablefmt="github"))
         return 0

@@ -408,7 +408,9 @@ def row_of(draft: Draft, problem: Problem) -> dict[str, Any]:
         "wrong": draft.wrong()[:N_WRONG],
         "draft": asdict(draft),
     }
-    return asdict(problem) | known
+    told = asdict(problem)
+    del told["tolerance"]  # of no meaning to answers without a float
+    return told | known
 
 
 def store(path: Path = GENERATED) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from projected_grpo.sandbox import layers
-from projected_grpo.sandbox.job import Job, Outcome
+from projected_grpo.sandbox.job import Job, Outcome, call_of
 from projected_grpo.sandbox.layers import LAYERS, Layer
 from projected_grpo.sandbox.worker import SandboxError, Worker
 
@@ -51,7 +51,7 @@ class Sandbox:
         outside = layers.outside_folder()
         try:
             source = layers.canary_source(outside, self._config["uid"])
-            outcome = self.submit(Job(source=source, entry="look", calls=("{}",))).result()
+            outcome = self.submit(Job(source=source, entry="look", calls=(call_of({}),))).result()
         finally:
             shutil.rmtree(outside, ignore_errors=True)
         if note := self._workers[0].hello.get("landlock"):

@@ -3,15 +3,20 @@
 Standard library only: the zygote loads this file by path, apart from the package. Nothing here knows an expected
 answer, so a submission that patches, walks or forges any of it can only report values that it computed itself.
 
-Tagged JSON, by exact type: None, bool, str and int (up to MAX_BITS) are themselves, a list is a list, and the
-rest are one-key objects: {"f": float.hex()}, {"t": tuple items}, {"s": set}, {"z": frozenset}, {"d": [[k, v]..]},
-{"b": bytes as hex}, {"o": type name} for whatever else; "e" beside "o" says that the object equals a fresh object
-that nothing should equal (only the probe "equal" asks).
+Tagged JSON, by exact type: None, bool, str and int (up to PLAIN_BITS) are themselves, a list is a list, and the
+rest are one-key objects: {"i": hex(int)} up to MAX_BITS, {"f": float.hex()}, {"c": [real, imaginary]}, {"t": tuple
+items}, {"s": set}, {"z": frozenset}, {"d": [[k, v]..]}, {"b": bytes as hex}, {"n": values of a linked list}, {"r":
+values of a tree, level by level}, {"o": type name} for whatever else; "e" beside "o" says that the object equals a
+fresh object that nothing should equal (only the probe "equal" asks).
+
+Exact standard types (STANDARD) and members of plain IntEnum, IntFlag and StrEnum classes are read through the base
+type's own methods, so overriding any of theirs changes nothing. A submission's own subclass stays foreign.
 """
 
 import ast
 import atexit
 import builtins
+import enum
 import gc
 import io
 import json
@@ -20,14 +25,17 @@ import os
 import random
 import sys
 import types
+from collections import Counter, OrderedDict, defaultdict, deque
 
 RESULT_FD = 3
 COMPILED = b"compiled\n"
 MAX_RESULT = 4_000_000
 MAX_NODES = 300_000
-MAX_DEPTH = 100
-MAX_BITS = 8192
+MAX_DEPTH = 200
+PLAIN_BITS = 8192
+MAX_BITS = 1 << 20
 MAX_STDOUT = 65_536
+RECURSION = 550_000
 
 
 class TooLarge(Exception):
@@ -38,9 +46,12 @@ class Nothing:
     """An object that equals nothing but itself."""
 
 
-def encode(value, ask_equal=False):
-    """``value`` as tagged JSON data; raises TooLarge. ask_equal: ask foreign ones ``x == Nothing()``."""
-    if type(value) in SELF or (type(value) is int and value.bit_length() <= MAX_BITS):
+def encode(value, ask_equal=False, nodes=False):
+    """``value`` as tagged JSON data; raises TooLarge.
+
+    ask_equal: ask foreign ones ``x == Nothing()``. nodes: read linked lists and binary trees, by their attributes.
+    """
+    if type(value) in SELF or (type(value) is int and value.bit_length() <= PLAIN_BITS):
         return value
     budget = MAX_NODES
 
@@ -53,7 +64,8 @@ def encode(value, ask_equal=False):
         if kind in SELF:
             return x
         if kind is int:
-            return x if x.bit_length() <= MAX_BITS else {"o": "int"}
+            bits = x.bit_length()
+            return x if bits <= PLAIN_BITS else {"i": hex(x)} if bits <= MAX_BITS else {"o": "int"}
         if kind is float:
             return {"f": x.hex()}
         if kind is list:
@@ -64,6 +76,15 @@ def encode(value, ask_equal=False):
             return {"d": [[walk(k, depth + 1), walk(y, depth + 1)] for k, y in x.items()]}
         if kind is bytes:
             return {"b": x.hex()}
+        if kind is complex:
+            return {"c": [x.real.hex(), x.imag.hex()]}
+        read = STANDARD.get(kind) or reader(kind)
+        if read is not None:
+            return walk(read(x), depth + 1)
+        if nodes and hasattr(x, "val"):
+            for tag, parts in NODES.items():
+                if all(hasattr(x, part) for part in parts):
+                    return {tag: [walk(y, depth + 1) for y in level_order(x, parts)]}
         if ask_equal:
             return {"o": kind.__name__, "e": bool(x == Nothing())}
         return {"o": kind.__name__}
@@ -73,6 +94,48 @@ def encode(value, ask_equal=False):
 
 SELF = frozenset((type(None), bool, str))
 TAGS = {tuple: "t", set: "s", frozenset: "z"}
+NODES = {"n": ("next",), "r": ("left", "right")}
+STANDARD = {
+    Counter: lambda x: dict(dict.items(x)),
+    defaultdict: lambda x: dict(dict.items(x)),
+    OrderedDict: lambda x: dict(dict.items(x)),
+    deque: lambda x: list(deque.__iter__(x)),
+    bytearray: lambda x: bytes(memoryview(x)),
+}
+ENUMS = ((enum.IntEnum, int, int.__int__), (enum.IntFlag, int, int.__int__), (enum.StrEnum, str, str.__str__))
+
+
+def reader(kind):
+    """How a value of an enumeration that leaves __eq__ alone, or of numpy's own scalars, is read; None otherwise."""
+    line = kind.__mro__
+    for base, plain, read in ENUMS:
+        if base in line:
+            return None if any("__eq__" in vars(k) for k in line[: line.index(plain)]) else read
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and kind.__module__ == "numpy" and issubclass(kind, numpy.generic):
+        return numpy.generic.item
+    return None
+
+
+def level_order(node, parts):
+    """The values of what hangs on ``node``, level by level. In a tree None stands for a child that is missing."""
+    values, row = [], [node]
+    while row:
+        following = []
+        for item in row:
+            if item is None:
+                values.append(None)
+                continue
+            if type(item) is not type(node):
+                raise TypeError(f"a {type(item).__name__} hangs on a {type(node).__name__}")
+            values.append(item.val)
+            following += [getattr(item, part) for part in parts]
+            if len(values) > MAX_NODES:
+                raise TooLarge
+        row = following if any(item is not None for item in following) else []
+    while len(parts) > 1 and values[-1] is None:
+        values.pop()
+    return values
 
 
 class CappedStdout(io.RawIOBase):
@@ -124,8 +187,10 @@ def prepare(setup):
 
 
 def make_ready():
-    """What the zygote does once for all its children: seed, a capped stdout, and the names that a script may expect."""
+    """What the zygote does once for all its children: seed, limits as a judge's, a capped stdout, a script's names."""
     random.seed(0)
+    sys.setrecursionlimit(RECURSION)
+    sys.set_int_max_str_digits(0)
     builtins.exit = builtins.quit = sys.exit
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(CappedStdout()), "utf-8", "backslashreplace")
 
@@ -138,6 +203,7 @@ def execute(job, code, name="submission"):
         exec(job["setup"], module.__dict__)
     module.__name__ = name
     sys.modules[name] = sys.modules["__main__"] = module
+    job["made by"] = {name: module.__dict__[name] for name in job["builders"]}
     exec(code, module.__dict__)
     return module.__dict__
 
@@ -147,13 +213,19 @@ def entry_of(space, job):
     return getattr(space[job["cls"]](), job["entry"])
 
 
+def arguments_of(call, job):
+    """A call's keyword arguments, made afresh: marshalled, or an expression over the setup's own functions."""
+    found = marshal.loads(call)
+    return found if type(found) is dict else eval(found, {"inf": float("inf"), "nan": float("nan"), **job["made by"]})
+
+
 def probe_calls(job, code, ask_equal=False):
     """Call the entry on every argument set, each on a fresh instance and freshly decoded arguments."""
     values = []
     try:
         space = execute(job, code)
-        for arguments in job["calls"]:
-            values.append(encode(entry_of(space, job)(**marshal.loads(arguments)), ask_equal))
+        for call in job["calls"]:
+            values.append(encode(entry_of(space, job)(**arguments_of(call, job)), ask_equal, job["nodes"]))
     except Exception as error:
         report(values=values, raised=describe(error))
     else:
@@ -168,9 +240,9 @@ def probe_equal(job, code):
 def probe_script(job, code):
     """Run as a script, call the entry once, then fail: exit status 1 unless the submission ends the process itself."""
     space = execute(job, code, "__main__")
-    for arguments in job["calls"][:1]:
+    for call in job["calls"][:1]:
         try:
-            entry_of(space, job)(**marshal.loads(arguments))
+            entry_of(space, job)(**arguments_of(call, job))
         except Exception as error:
             report(raised=describe(error))
     raise SystemExit(1)
@@ -252,8 +324,8 @@ def probe_flag(job, code):
         flag = bool(getattr(instance, job["name"], False))
         if not flag:
             try:
-                for arguments in job["calls"][:1]:
-                    getattr(instance, job["entry"])(**marshal.loads(arguments))
+                for call in job["calls"][:1]:
+                    getattr(instance, job["entry"])(**arguments_of(call, job))
             finally:
                 flag = bool(getattr(instance, job["name"], False))
                 report(flag=flag)

@@ -3,25 +3,29 @@
 import json
 import marshal
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
-from projected_grpo.sandbox.harness import COMPILED, MAX_NODES
+from projected_grpo.sandbox.harness import COMPILED, MAX_BITS, MAX_DEPTH, MAX_NODES
 
 Probe = Literal["calls", "equal", "script", "stub", "audit", "flag"]
 Status = Literal["ok", "compile_error", "error", "exit", "cpu_limit", "wall_limit", "disk_limit", "signal", "bad_reply"]
 
 PLAIN = frozenset({type(None), bool, int, str})
+CARRIED = frozenset({*PLAIN, float, complex, bytes})
+MAX_ALIKE = 1000
+CONTAINERS = frozenset({list, tuple, set, frozenset, dict})
+Builder = Literal["list_node", "tree_node"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one submission, all of it data. ``calls``: keyword arguments of each ``cls().entry``, as JSON text.
+    """One run of one submission, all of it data. ``calls``: keyword arguments of each ``cls().entry`` (see call_of).
 
     ``setup`` is code that stands before the source; the worker runs it once for all its jobs, so it has to be
-    trusted as the problems are. ``file`` is a result file to read back. cpu_s is a limit.
+    trusted as the problems are. ``builders``: its functions that the calls' arguments are made by. ``nodes``: read
+    linked lists and trees among the answers. ``file`` is a result file to read back. cpu_s is a limit.
 
     probe: "calls" returns what the calls return; "equal" also asks foreign values whether they equal an object that
     nothing equals; "script" runs it as a script that fails in the end; "stub" runs the function ``name`` on a class
@@ -32,7 +36,9 @@ class Job:
     source: str
     probe: Probe = "calls"
     entry: str = ""
-    calls: tuple[str, ...] = ()
+    calls: tuple[bytes, ...] = ()
+    builders: tuple[Builder, ...] = ()
+    nodes: bool = False
     setup: str = ""
     cls: str = "Solution"
     name: str = ""
@@ -47,6 +53,52 @@ class Foreign:
 
     kind: str
     equal: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a function of the setup makes of ``values``: list_node a linked list, tree_node a tree (level by level)."""
+
+    name: Builder
+    values: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({list(self.values)!r})"
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """A value and all that it holds, keys included. Raises ValueError below MAX_DEPTH."""
+    stack = [(value, 0)]
+    while stack:
+        x, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        yield x
+        inner = x.values if type(x) is Built else x if type(x) in CONTAINERS else ()
+        stack += [(y, depth + 1) for y in inner]
+        stack += [(y, depth + 1) for y in x.values()] if type(x) is dict else []
+
+
+def check_carried(value: Any, answer: bool = False) -> None:
+    """Raises ValueError that says what of a value does not go into a job, or come back as an answer."""
+    for number, x in enumerate(parts(value)):
+        if type(x) not in CARRIED and type(x) not in CONTAINERS and type(x) is not Built:
+            raise ValueError(f"a value of type {type(x).__name__} cannot be carried")
+        if type(x) is int and x.bit_length() > MAX_BITS:
+            raise ValueError(f"an int of more than {MAX_BITS} bits")
+        if answer and number >= MAX_NODES:
+            raise ValueError(f"an answer of more than {MAX_NODES} values")
+
+
+def call_of(arguments: Mapping[str, Any]) -> bytes:
+    """Keyword arguments as the child reads them, types kept: marshalled, or an expression where something is built."""
+    found = dict(arguments)
+    return marshal.dumps(repr(found) if builders_of(found) else found)
+
+
+def builders_of(value: Any) -> set[Builder]:
+    """The setup's functions that a value is made by."""
+    return {x.name for x in parts(value) if type(x) is Built}
 
 
 @dataclass(frozen=True)
@@ -79,29 +131,48 @@ def decode(data: Any) -> Any:
     match tag:
         case "f":
             return float.fromhex(content)
+        case "i":
+            return bounded(content)
+        case "c":
+            real, imaginary = content
+            return complex(float.fromhex(real), float.fromhex(imaginary))
         case "b":
             return bytes.fromhex(content)
         case "t":
             return tuple(decode(item) for item in content)
         case "s":
-            return {decode(item) for item in content}
+            return set(members(content))
         case "z":
-            return frozenset(decode(item) for item in content)
+            return frozenset(members(content))
         case "d":
-            return {decode(key): decode(item) for key, item in content}
+            keys = members([key for key, _ in content])
+            return {key: decode(item) for key, (_, item) in zip(keys, content, strict=True)}
+        case "n":
+            return Built("list_node", tuple(decode(item) for item in content))
+        case "r":
+            return Built("tree_node", tuple(decode(item) for item in content))
     raise ValueError(f"unknown tag {tag[:20]!r}")
 
 
-@lru_cache(maxsize=4096)
-def arguments_of(calls: tuple[str, ...]) -> tuple[bytes, ...]:
-    """Each call's arguments marshalled apart, so that each is decoded afresh, in a third of the time JSON takes."""
-    return tuple(marshal.dumps(json.loads(call)) for call in calls)
+def members(content: list[Any]) -> list[Any]:
+    """What a set is to be made of. Many of one hash, which would keep this process busy for minutes, are refused."""
+    found = [decode(item) for item in content]
+    if len(found) > MAX_ALIKE and len(found) - len(set(map(hash, found))) > MAX_ALIKE:
+        raise ValueError("too many members of one hash")
+    return found
+
+
+def bounded(text: str) -> int:
+    """An int of at most MAX_BITS from hexadecimal digits; ValueError otherwise."""
+    if len(text) > MAX_BITS // 4 + 3:
+        raise ValueError("more digits than the harness sends")
+    return int(text, 16)
 
 
 def payload_of(job: Job) -> bytes:
     """What the child reads."""
-    fields = ("source", "probe", "entry", "setup", "cls", "name", "reference")
-    return marshal.dumps({key: getattr(job, key) for key in fields} | {"calls": arguments_of(job.calls)})
+    fields = ("source", "probe", "entry", "calls", "builders", "nodes", "setup", "cls", "name", "reference")
+    return marshal.dumps({key: getattr(job, key) for key in fields})
 
 
 def outcome_of(job: Job, told: Mapping[str, Any], reply: bytes | None, stdout: bytes, file: bytes | None) -> Outcome:

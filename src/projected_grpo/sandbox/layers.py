@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import pwd
@@ -17,7 +18,8 @@ Layer = Literal["bubblewrap", "uid", "dumpable", "rlimits", "no_new_privs", "lan
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 SCRATCH_IN_BUBBLE = "/scratch"
 DENIED_SYSCALLS = """
-    fork vfork execve execveat socket socketpair kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo
+    fork vfork execve execveat socket connect bind listen accept accept4
+    kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo
     pidfd_send_signal pidfd_open pidfd_getfd ptrace process_vm_readv process_vm_writev process_madvise
     mount umount2 pivot_root chroot unshare setns open_tree move_mount fsopen fsmount fsconfig mount_setattr
     memfd_create memfd_secret symlink symlinkat link linkat mkdir mkdirat mknod mknodat
@@ -31,11 +33,26 @@ DENIED_SYSCALLS = """
     sched_setaffinity sched_setscheduler sched_setattr setpriority ioprio_set
 """
 CLONE_THREAD = 0x10000
+AF_UNIX, SOCK_STREAM, SOCK_TYPES = 1, 1, 0xF
 
 PRELOADED = (
     "abc array bisect builtins cmath collections copy dataclasses datetime decimal enum fractions functools heapq "
     "itertools json math numbers operator random re statistics string sys textwrap threading time traceback typing"
 )
+
+DEEP_STACK = """
+import os, resource, sys
+soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+wanted = 512 << 20 if hard == resource.RLIM_INFINITY else min(512 << 20, hard)
+if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Starts the interpreter with a stack that may grow to what RECURSION calls take (each cached one some 500 bytes);
+where a stack lies is settled when a program starts. The limit itself costs nothing."""
+
+OFFERED = ("numpy", "sortedcontainers")
+"""Packages beside the standard library that a submission may import, where they are installed."""
 
 INSTALL = "apt-get install libseccomp2 (a policy's code runs under seccomp), or bubblewrap where it works"
 
@@ -60,6 +77,10 @@ def seccomp_filter() -> bytes:
             made.add_rule(refuse, number)
     made.add_rule(refuse, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
     made.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
+    # asyncio wants a pair of stream sockets, which reaches nobody else; a datagram socket could be sent anywhere
+    made.add_rule(refuse, "socketpair", seccomp.Arg(0, seccomp.NE, AF_UNIX))
+    for kind in set(range(SOCK_TYPES + 1)) - {SOCK_STREAM}:
+        made.add_rule(refuse, "socketpair", seccomp.Arg(1, seccomp.MASKED_EQ, SOCK_TYPES, kind))
     with tempfile.TemporaryFile() as file:
         made.export_bpf(file)
         file.seek(0)
@@ -73,10 +94,27 @@ def interpreter_paths() -> list[str]:
     return [library, os.path.join(sys.base_prefix, "lib"), *fixed]
 
 
+def offered(to_all: bool = False) -> dict[str, str]:
+    """The folder of each package of OFFERED that is installed; to_all: where any user may read it."""
+    found = {}
+    for name in OFFERED:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            folder = Path(spec.submodule_search_locations[0]).resolve()
+            if not to_all or all(place.stat().st_mode & 0o001 for place in (folder, *folder.parents)):
+                found[name] = str(folder)
+    return found
+
+
+def with_libraries(folders: Collection[str]) -> list[str]:
+    """Package folders, and the folders of shared libraries that wheels lay beside them."""
+    return [*folders, *(f"{folder}.libs" for folder in folders if os.path.isdir(f"{folder}.libs"))]
+
+
 def bubble_command(inner: list[str]) -> list[str]:
     """``inner`` under bubblewrap: own namespaces, no capability, read-only interpreter, a sized scratch folder."""
     binds = [sys.base_prefix, sys.prefix, os.path.dirname(__file__), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
-    binds += ["/etc/ld.so.cache"]
+    binds += ["/etc/ld.so.cache", *with_libraries(offered().values())]
     parts = ["bwrap", "--unshare-all", "--cap-drop", "ALL", "--as-pid-1", "--die-with-parent", "--new-session"]
     for path in dict.fromkeys(binds):
         parts += ["--ro-bind-try", path, path]
@@ -88,7 +126,8 @@ def bubble_command(inner: list[str]) -> list[str]:
 def zygote_command(bubble: bool, descriptor: int) -> list[str]:
     """How to start a worker whose socket is ``descriptor``."""
     script = str(Path(__file__).with_name("child.py"))
-    inner = [sys.executable, "-P", "-s", "-S", "-B", script, str(descriptor)]
+    flags = ["-P", "-s", "-S", "-B"]
+    inner = [sys.executable, "-I", "-S", "-c", DEEP_STACK, *flags, script, str(descriptor)]
     return bubble_command(inner) if bubble else inner
 
 
@@ -150,14 +189,17 @@ def plan(wanted: Collection[Layer]) -> tuple[dict[str, Any], dict[Layer, str]]:
             why["seccomp"] = f"{type(error).__name__}: {error}"[:120]
     if not why["uid"]:
         why["uid"] = uid_change_fails(why)
+    read_all = not why["uid"] and not open_to_all()
+    packages = offered(to_all=not why["uid"] and not read_all)
     config = {
         "bubble": not why["bubblewrap"],
         "uid": 0 if why["uid"] else unused_uid(),
-        "read_all": not why["uid"] and not open_to_all(),
+        "read_all": read_all,
         "hide_memory": not why["dumpable"],
         "rlimits": not why["rlimits"],
         "no_new_privs": not why["no_new_privs"] or bool(program),
-        "landlock": [] if why["landlock"] else interpreter_paths(),
+        "landlock": [] if why["landlock"] else [*interpreter_paths(), *with_libraries(packages.values())],
+        "offered": packages,
         "seccomp": program.hex(),
         "preload": PRELOADED.split(),
         "confine": str(Path(__file__).with_name("confine.py")),

@@ -21,7 +21,8 @@ from projected_grpo.sandbox.job import Job, Outcome, outcome_of, payload_of
 GRACE_S = 30.0
 MAX_FILE = 65_536
 # LD_BIND_NOW: the zygote resolves its symbols once, instead of each child for itself
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "LD_BIND_NOW": "1"}
+# one thread for numpy: its others would take address space and cores that a submission does not have
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "LD_BIND_NOW": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class SandboxError(RuntimeError):

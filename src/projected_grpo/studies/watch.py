@@ -27,7 +27,7 @@ BAR = 12
 def finished_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file that is being written: a last line without its end is not read yet."""
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
 def span(seconds: float | None) -> str:
