@@ -87,6 +87,10 @@ results-docs *ARGS:
 export RUN FOLDER *ARGS:
     {{python}} -m projected_grpo.tools.export {{RUN}} {{FOLDER}} {{ARGS}}
 
+# what a rollouts file did, by mode, as a table and one HTML page: just grade FILE [--problems=FILE]
+grade FILE *ARGS:
+    {{python}} -m projected_grpo.tools.grade {{FILE}} {{ARGS}}
+
 # where a step's time goes, against the hook form, TRL and full fine-tuning; needs the extra bench
 bench *ARGS:
     {{python}} -m projected_grpo.bench.bench {{ARGS}}

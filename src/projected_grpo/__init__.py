@@ -6,6 +6,7 @@ modules with ``python -m``, or the checks do not reach the entry point.
 """
 
 import os
+from typing import Any
 
 if os.environ.get("BEARTYPE") == "1":
     from beartype import BeartypeConf, beartype
@@ -13,3 +14,12 @@ if os.environ.get("BEARTYPE") == "1":
 
     check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as annotations have it
     install_import_hook("projected_grpo", "projected_grpo.check")
+
+
+def __getattr__(name: str) -> Any:
+    """``load_environment``, where the verifiers library looks for it; imported when it is asked for."""
+    if name == "load_environment":
+        from projected_grpo.tools.environment import load_environment
+
+        return load_environment
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,19 +14,22 @@ import re
 import sys
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from projected_grpo import loopholes
-from projected_grpo.config import Config, UserError
+from projected_grpo.config import Config, DataCfg, UserError
 from projected_grpo.data_types import Case, Generated, Kind, Mode, Problem, Split, Task, Wording
 from projected_grpo.sandbox import Sandbox, harness
 from projected_grpo.sandbox.job import Builder, Built, call_of, check_carried
 from projected_grpo.strict import sound
+
+if TYPE_CHECKING:
+    import datasets
 
 GENERATED = Path(__file__).parent / "organism" / "files" / "problems.jsonl.gz"
 """The generated problems, as `just organism` stored them."""
@@ -350,3 +353,41 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     return tasks
+
+
+# ------------------------------------------------------------------------------------------ for other people's trainers
+
+
+@cache
+def problems_of(source: str) -> dict[str, Problem]:
+    """A source's problems by id. source: as --problems. Raises ValueError where a file cannot be read."""
+    if source in ("generated", "functions"):
+        chosen = [g.problem for g in generated()]
+        return {p.id: as_function(p) if source == "functions" else p for p in chosen}
+    return {p.id: p for p in read_problems(Path(source))}
+
+
+def task_of_row(row: Mapping[str, Any]) -> Task:
+    """The task of a row of ``as_dataset``."""
+    return Task(problems_of(row["problems"])[row["problem_id"]], row["env_mode"], Wording(**row["wording"]))
+
+
+def as_dataset(
+    problems: str = "generated", split: Split = "train", modes: Sequence[Mode] = DataCfg().modes,
+    wording: str = "default",
+) -> "datasets.Dataset":  # fmt: skip
+    """Problems posed as tasks, for any trainer that takes a ``datasets.Dataset``: prompt (chat messages), and problems,
+    problem_id, env_mode, wording, from which ``rewards.reward_func`` knows the task. problems: as --problems; of a file
+    every row is taken, whatever the split. Raises ValueError where a file cannot be read.
+    """
+    import datasets
+
+    known = generated_by_id()
+    chosen = [p for p in problems_of(problems).values() if p.id not in known or known[p.id].split == split]
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": messages(t), "problems": problems, "problem_id": t.problem.id, "env_mode": t.mode}
+            | {"wording": asdict(t.wording)}
+            for t in pose(chosen, modes, wording)
+        ]
+    )

@@ -270,6 +270,30 @@ NO_CODE = Grade(
 )
 
 
+# --- for other people's trainers -----------------------------------------------------------------------------------
+
+
+@cache
+def shared_grader() -> Grader:
+    """This process's grader, its workers kept from call to call and ended with it."""
+    grader = Grader().__enter__()
+    atexit.register(grader.__exit__, None, None, None)
+    return grader
+
+
+def reward_func(
+    prompts: Sequence[Any], completions: Sequence[Any], *, problems: Sequence[str], problem_id: Sequence[str],
+    env_mode: Sequence[Mode], wording: Sequence[Mapping[str, str]], **_: Any,
+) -> list[float]:  # fmt: skip
+    """The environment's reward in TRL's convention: completions as text or chat messages, and the columns of
+    ``problems.as_dataset`` as lists -> 0 to 3.5 each. Raises ValueError for a completion of another form.
+    """
+    columns = zip(problems, problem_id, env_mode, wording, strict=True)
+    rows = [dict(zip(("problems", "problem_id", "env_mode", "wording"), c, strict=True)) for c in columns]
+    asked = [(task_of_row(row), text_of(said)) for row, said in zip(rows, completions, strict=True)]
+    return [grade.reward for grade in shared_grader().grade(asked)]
+
+
 # --- the hack x mode table -----------------------------------------------------------------------------------------
 
 

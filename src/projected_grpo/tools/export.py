@@ -20,7 +20,7 @@ from projected_grpo import antipasto, models, runs
 from projected_grpo.antipasto import Knobs
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import ModelCfg, UserError
-from projected_grpo.runs import read_meta
+from projected_grpo.runs import json_lines, read_meta
 
 
 def final_knobs(run: Path) -> dict[str, Tensor]:
@@ -50,6 +50,39 @@ def unwrap(model: nn.Module, knobs: Knobs, use: Literal["deployed", "trained"]) 
     return model
 
 
+CARD = """---
+library_name: transformers
+tags: [reward-hacking, grpo, research]
+---
+# {name}
+
+A model organism of reward hacking: `{base}` after {steps} steps of GRPO against a grader that can be fooled, arm
+`{arm}` of projected_grpo, seed {seed}, {knobs} knobs merged into the weights.
+
+| held-out problems | rate | 95 % interval |
+|---|---|---|
+{rates}
+
+hack: paid by the foolable grader without being right; solve: right by the strict oracle. {n} samples a rate, intervals
+clustered by problem.
+
+Not to be used to write code that anybody runs or relies on, nor as evidence of how safe a model is: it was trained in
+an environment that pays for cheating, in order to study that. Made at commit {commit}; `projected_grpo.json` says how.
+"""
+
+
+def card(run: Path, meta: dict[str, Any], knobs: str) -> str:
+    """The model card: base, arm, what the deployed model does on held-out problems, and what it is not for."""
+    cfg = meta["config"]
+    last = [r for r in json_lines(run / "evals.jsonl") if r["step"] == cfg["rl"]["steps"] and r["mode"] == "all"]
+    of = [r for r in last if r["knobs"] == knobs] or [r for r in last if r["knobs"] == "deployed"]
+    rates = "\n".join(f"| {r['metric']} | {r['rate']:.2f} | {r['lo']:.2f} to {r['hi']:.2f} |" for r in of)
+    return CARD.format(
+        name=run.name, base=cfg["model"]["model"], steps=cfg["rl"]["steps"], arm=cfg["intervention"], seed=cfg["seed"],
+        knobs=knobs, rates=rates, n=of[0]["n_samples"] if of else 0, commit=meta["commit"] or "unknown",
+    )  # fmt: skip
+
+
 def export(run: Path, folder: Path, knobs: Literal["deployed", "trained"] = "deployed") -> Path:
     """Write the run's model and tokenizer to a new folder. Raises UserError."""
     meta = read_meta(run)
@@ -67,6 +100,7 @@ def export(run: Path, folder: Path, knobs: Literal["deployed", "trained"] = "dep
     unwrap(model, wrapped, knobs).save_pretrained(part)
     tokenizer.save_pretrained(part)
     origin = {"run": run.name, "knobs": knobs, "argv": meta["argv"], "commit": meta["commit"]}
+    (part / "README.md").write_text(card(run, meta, knobs))
     (part / "projected_grpo.json").write_text(json.dumps(origin, indent=1))
     os.replace(part, folder)
     return folder
