@@ -12,10 +12,10 @@ import polars as pl
 import pytest
 
 from projected_grpo import problems
+from projected_grpo.config import UserError
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.problems import as_dataset, fence, task_of_row
 from projected_grpo.rewards import reward_func
-from projected_grpo.config import UserError
 from projected_grpo.tools import export, grade
 
 ROOT = Path(__file__).parents[2]
