@@ -7,7 +7,7 @@ table of every trick in every mode, and the command that grades a file.
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import Count, UserError
-from projected_grpo.data_types import Case, Grade, Label, Problem, Task
+from projected_grpo.data_types import Case, Grade, Label, Mode, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, is_foreign, replace_body
 from projected_grpo.problems import fence, json_lines, pose_one, read_problems
 from projected_grpo.sandbox import Sandbox

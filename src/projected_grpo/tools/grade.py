@@ -2,8 +2,8 @@
 
     just grade FILE [--problems=generated] [--out=outputs/grade]
 
-FILE: JSON lines with a prompt id (``problem_id`` or ``id``), ``completion`` (text or chat messages) and, where it is not
-gt_only, ``env_mode`` (or ``mode``); or a run's rollouts.parquet, whose completions are graded again.
+FILE: JSON lines with a prompt id (``problem_id`` or ``id``), ``completion`` (text or chat messages) and ``env_mode`` or
+``mode`` (gt_only where there is none); or a run's rollouts.parquet, whose completions are graded again.
 """
 
 import html
