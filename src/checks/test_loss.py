@@ -58,7 +58,7 @@ def test_padding_changes_nothing(wrapped, batch):
     torch.testing.assert_close(loss.token_logprobs(model, ids, mask), loss.token_logprobs(model, wide, wide_mask))
 
 
-def test_kl_is_k3_to_the_base_and_its_gradient_is_autograds(wrapped, batch):
+def test_kl_is_k3_to_the_base_and_its_gradient_is_autograds(wrapped, batch, exact_norm):
     model, knobs = wrapped
     ids, mask = batch
     weight, beta = torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=torch.float64), 0.3
@@ -77,6 +77,36 @@ def test_kl_is_k3_to_the_base_and_its_gradient_is_autograds(wrapped, batch):
         (-(coefficient * loss.token_logprobs(model, ids, mask)).sum()).backward()
         for name, e in eps.items():
             torch.testing.assert_close(got.G[name], e.grad, rtol=1e-7, atol=1e-11)
+
+
+def test_kl_looks_at_chosen_rows_and_leaves_the_policys_term_alone(wrapped, batch):
+    """Teacher rows are left out of K3, and detectors get the gradient that they were calibrated on."""
+    model, knobs = wrapped
+    ids, mask = batch
+    weight, students = (
+        torch.tensor([1.0, -0.5, 0.0, 2.0], dtype=torch.float64),
+        torch.tensor([True, False, True, False]),
+    )
+    plain = loss.row_gradients(model, knobs, ids, mask, weight)
+    got = loss.row_gradients(model, knobs, ids, mask, weight, beta=0.3, kl_weight=0.5, kl_rows=students)
+    assert plain.policy is plain.G
+    for name, g in got.policy.items():
+        torch.testing.assert_close(g, plain.G[name], rtol=1e-9, atol=1e-12)
+        assert torch.equal(got.G[name][~students], g[~students])
+        assert not torch.allclose(got.G[name][students], g[students])
+    only = [
+        loss.row_gradients(model, knobs, ids[i : i + 1], mask[i : i + 1], weight[:1] * 0, beta=1.0).kl for i in (0, 2)
+    ]
+    n = mask.sum(1)
+    assert got.kl == pytest.approx((only[0] * n[0] + only[1] * n[2]).item() / (n[0] + n[2]).item())
+
+
+def test_one_token_cannot_outweigh_the_kl_of_all_others(wrapped, batch, monkeypatch):
+    model, knobs = wrapped
+    ids, mask = batch
+    monkeypatch.setattr(loss, "MAX_LOG_RATIO", 0.0)
+    got = loss.row_gradients(model, knobs, ids, mask, torch.zeros(4, dtype=torch.float64), beta=1.0, kl_weight=1.0)
+    assert got.kl == 0
 
 
 def test_rows_without_advantage_are_skipped_exactly(wrapped, batch):

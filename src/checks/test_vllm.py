@@ -28,6 +28,8 @@ from projected_grpo.scale.vllm_sampling import VllmSampler
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
+NAME = sampling.cache_name(tiny_model(torch.float32).get_decoder())
+
 
 # --- the stub
 
@@ -105,10 +107,10 @@ class LLM:
         if tuple(prompt) not in self.prefix:
             self.prefix[tuple(prompt)] = self.model.bare(torch.tensor([prompt]), use_cache=True)
         read = self.prefix[tuple(prompt)]
-        cache = deepcopy(read.past_key_values)
+        cache = deepcopy(getattr(read, NAME))
         while len(ids) < params.max_tokens:
             if ids:
-                read = self.model.bare(torch.tensor([ids[-1:]]), past_key_values=cache, use_cache=True)
+                read = self.model.bare(torch.tensor([ids[-1:]]), use_cache=True, **{NAME: cache})
             logits = read.logits[:, -1].float()
             if params.temperature == 0:
                 token = int(logits.argmax())

@@ -174,12 +174,13 @@ class GradedBatch:
 
 @dataclass(frozen=True)
 class RowGrads:
-    """What one backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, the
-    ``loss`` itself, ``nll`` (b,) summed over each row's completion (0 in skipped rows), and the mean ``kl`` per token
-    (None at β = 0).
+    """What a backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, ``policy`` the
+    same without the KL term (G itself at β = 0), the ``loss``, ``nll`` (b,) summed over each row's completion (0 in
+    skipped rows), and the mean ``kl`` per token (None at β = 0).
     """
 
     G: dict[str, Float[Tensor, "b r"]]
+    policy: dict[str, Float[Tensor, "b r"]]
     nll: Float[Tensor, " b"]
     loss: float
     kl: float | None

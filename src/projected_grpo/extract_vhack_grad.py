@@ -87,7 +87,8 @@ def side_gradients(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Seque
     """Per-pair NLL gradients in δS of both sides, at the knobs as they stand but for the quarantine.
 
     The quarantine is ablated throughout: extracting through a live one turns V off the hack. NLL is summed over the
-    completion and divided by Dr.GRPO's max_new (length_norm live) or by its own length (mean).
+    completion, at the run's temperature as the policy gradient's are, and divided by Dr.GRPO's max_new (length_norm
+    live) or by its own length (mean).
     Raises UserError naming the first pair whose NLL is not finite.
     """
     ids, mask = encoded(tokenizer, chosen, model.device)
@@ -95,7 +96,9 @@ def side_gradients(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Seque
     weight = 1.0 / length.to(model.device, torch.float32)
     try:
         with knobs.using("deployed"):
-            rows = loss.row_gradients(model, knobs, ids, mask, weight, micro_batch=cfg.rl.micro_batch)
+            rows = loss.row_gradients(
+                model, knobs, ids, mask, weight, temperature=cfg.rl.temperature, micro_batch=cfg.rl.micro_batch
+            )
     except FloatingPointError:
         for i, pair in enumerate([*chosen, *chosen]):
             nll = -loss.token_logprobs(model, ids[i : i + 1], mask[i : i + 1]).sum()
@@ -187,7 +190,7 @@ def _common(new: HackBasis, old: HackBasis, module: str) -> int:
 def cache_key(knobs: Knobs, chosen: Sequence[Pair], cfg: Config) -> str:
     """sha256 over the adapted weights, the knobs, the pairs and every setting that their gradients depend on."""
     weights = [f"{n}:{antipasto.digest(m.linear.weight)}:{antipasto.digest(m.delta)}" for n, m in knobs.modules.items()]
-    settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.model.svd_rank]
+    settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.rl.temperature, cfg.model.svd_rank]
     return hashlib.sha256(json.dumps([weights, pairs.digest(chosen), settings]).encode()).hexdigest()
 
 

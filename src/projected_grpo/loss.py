@@ -63,6 +63,10 @@ def token_logprobs(
     return torch.cat([checkpoint(chosen, hc, tc, use_reentrant=False) for hc, tc in chunks])
 
 
+MAX_LOG_RATIO = 10.0
+"""|log π_ref − log π| of a token at most, in the KL term: one token of exp(d) must not outweigh all others."""
+
+
 def lots(mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int) -> list[Int[Tensor, " m"]]:
     """The rows sorted by length, longest first, in lots of at most ``most`` rows and ``LOT_TOKENS`` tokens.
 
@@ -89,50 +93,72 @@ def row_gradients(
     temperature: float = 1.0,
     beta: float = 0.0,
     kl_weight: float = 0.0,
+    kl_rows: Bool[Tensor, " b"] | None = None,
     micro_batch: int = 64,
     agree: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
 ) -> RowGrads:
-    """Every row's gradient of L = −Σ_i w_i Σ_t ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward.
+    """Every row's gradient of L = −Σ_i w_i Σ_t ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward; where
+    β > 0 a second one tells the policy's term alone, which detectors read.
 
     ρ = exp(log π − log π_old) with π_old = π: one inner step, so the clip never acts and no second forward is
     needed; cached teacher rows have ρ = 1 by the same token. w_i = A_i / (group · max_new · prompts); with w = +1
     on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
-    d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman). Rows of weight zero (groups
-    whose rewards are all alike) are skipped when β = 0: their gradient is zero. The others are taken in ``lots`` of
-    like length, each trimmed to its longest row; ``agree`` (of lots and mask) may divide them anew, where processes
-    that share the weights must run equally many. Raises FloatingPointError on a non-finite loss.
+    d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman), clamped, over ``kl_rows`` (all
+    when None): on tokens that the policy did not draw, a teacher's, K3 estimates no KL and may explode. Rows without
+    weight and without KL are skipped: their gradient is zero. The others are taken in ``lots`` of like length, each
+    trimmed to its longest row; ``agree`` (of lots and mask) may divide them anew, where processes that share the
+    weights must run equally many. Raises FloatingPointError on a non-finite loss.
     """
     exact = torch.promote_types(model.dtype, torch.float32)
-    G = {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device) for n, m in knobs.modules.items()}
+    zeros = lambda: {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device)
+                     for n, m in knobs.modules.items()}  # fmt: skip
+    G = zeros()
+    policy = zeros() if beta else G
+    in_kl = torch.full_like(weight, bool(beta), dtype=torch.bool) if kl_rows is None else kl_rows & bool(beta)
     nll, total, total_k3 = torch.zeros(len(ids), dtype=exact, device=ids.device), 0.0, 0.0
-    live = torch.arange(len(ids), device=ids.device) if beta else weight.nonzero()[:, 0]
-    model.train(
-        model.is_activation_checkpointing
-    )  # transformers checkpoints in training mode only; there is no dropout
+    live = ((weight != 0) | in_kl).nonzero()[:, 0]
+    # transformers checkpoints in training mode only; there is no dropout
+    model.train(checkpoints(model))
     made = lots(mask, live, micro_batch)
-    for rows in agree(made, mask) if agree else made:
-        m = mask[rows]
-        s = int(m.any(0).nonzero().max()) + 2
-        i, m = ids[rows, :s], m[:, : s - 1]
+    made = [trimmed(ids, mask, rows) for rows in (agree(made, mask) if agree else made)]
+    reference = [None] * len(made)
+    if beta:
+        with torch.no_grad(), knobs.using("base"):  # all of them here: W' is formed once for the base and once back
+            reference = [token_logprobs(model, i, m, temperature) for _, i, m in made]
+    for (rows, i, m), before in zip(made, reference, strict=True):
         row = m.nonzero()[:, 0]
-        reference = None
-        if beta:
-            with torch.no_grad(), knobs.using("base"):
-                reference = token_logprobs(model, i, m, temperature)
         with knobs.row_gradients(len(rows)) as eps:
             logp = token_logprobs(model, i, m, temperature)
             ratio = (logp - logp.detach()).exp()
             loss, k3 = -(weight[rows][row].to(logp) * ratio).sum(), logp.new_zeros(())
-            if reference is not None:
-                d = reference - logp
-                k3 = (d.exp() - d - 1).sum()
-                loss = loss + beta * kl_weight * k3
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()}: non-finite log-probs in rows {rows.tolist()}")
-            loss.backward()
+            if before is not None:
+                d = (before - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+                k3 = ((d.exp() - d - 1) * in_kl[rows][row]).sum()
+            whole = loss + beta * kl_weight * k3
+            if not torch.isfinite(whole):
+                raise FloatingPointError(f"the loss is {whole.item()}: non-finite log-probs in rows {rows.tolist()}")
+            loss.backward(retain_graph=before is not None)
             for n, e in eps.items():
-                G[n][rows] = e.grad
+                policy[n][rows] = e.grad
+            if before is not None:
+                (beta * kl_weight * k3).backward()
+                for n, e in eps.items():
+                    G[n][rows] = e.grad
+            loss = whole
         nll[rows] = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
         total, total_k3 = total + loss.item(), total_k3 + k3.item()
     model.eval()
-    return RowGrads(G, nll, total, total_k3 / int(mask.sum()) if beta else None)
+    return RowGrads(G, policy, nll, total, total_k3 / max(1, int(mask[in_kl].sum())) if beta else None)
+
+
+def trimmed(ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], rows: Int[Tensor, " n"]) -> tuple[Tensor, ...]:
+    """(rows, their ids, their mask), cut behind the longest of them."""
+    m = mask[rows]
+    s = int(m.any(0).nonzero().max()) + 2
+    return rows, ids[rows, :s], m[:, : s - 1]
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether activations are recomputed in the backward pass, whichever name the installed transformers has for it."""
+    name = "is_activation_checkpointing"
+    return getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")

@@ -118,5 +118,7 @@ def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
         model.hf_quantizer = None
         del model.config.quantization_config
     if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
+        enable = getattr(model, f"{kind}_checkpointing_enable")
+        enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     return model.to(device).eval().requires_grad_(False), tokenizer

@@ -8,6 +8,7 @@ is done a token that does not depend on it. Under the same generator it draws th
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -70,6 +71,11 @@ def roomy_cache(model: nn.Module) -> DynamicCache:
     return cache
 
 
+def cache_name(decoder: nn.Module) -> str:
+    """What the installed transformers calls the cache. A name that it does not know it would swallow in silence."""
+    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
+
+
 def nucleus(logits: Float[Tensor, "b v"], top_p: float) -> Float[Tensor, "b v"]:
     """Logits with all but the smallest set of tokens that holds probability top_p set to −inf."""
     if top_p >= 1:
@@ -121,9 +127,11 @@ def sample_lot(
     cache = roomy_cache(model)
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
+    kept = {cache_name(decoder): cache}
     h = decoder(
-        input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
+        input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, **kept
     ).last_hidden_state[:, -1]
+    assert cache.get_seq_length() == width, "the model did not fill the cache that it was given"
     copies = torch.arange(len(prompts), device=device).repeat_interleave(n)
     cache.reorder_cache(copies)
     logits, position = head(h)[copies], positions[copies, -1]
@@ -154,8 +162,8 @@ def sample_lot(
             input_ids=token[:, None],
             attention_mask=attention[:, : width + t + 1],
             position_ids=position[:, None],
-            past_key_values=cache,
             use_cache=True,
+            **kept,
         ).last_hidden_state[:, -1]
         logits = head(h)
     return [o[:k].tolist() for o, k in zip(out, length.tolist(), strict=True)]

@@ -100,7 +100,7 @@ def one_step(
     grads = sample_grads(x.model, x.knobs, batch, weight, cfg, ranks)
 
     # --- score: how hack-ward is each rollout, by V and by the arm's own detector        detectors
-    N = {m: g * weight.sign()[:, None] for m, g in grads.G.items()}  # gradients of each rollout's NLL
+    N = {m: g * weight.sign()[:, None] for m, g in grads.policy.items()}  # gradients of each rollout's NLL
     scores, random = (ranks.rows(detectors.row_scores(N, v), 1) for v in (V.real, V.random))
     acting = ranks.rows(V.gate(N if arm.score == "gradient" else states[detectors.MEAN]))
     flagged = acting > V.gate.threshold
@@ -124,7 +124,7 @@ def one_step(
         batch=whole,
         A=A,
         n_zero_var=n_zero_var,
-        grads=ranks.summary(grads, int(batch.mask.sum())),
+        grads=ranks.summary(grads, int(batch.mask[batch.is_student].sum())),
         scores=scores,
         random_scores=random,
         acting=acting,
@@ -160,6 +160,7 @@ def sample_grads(
         temperature=cfg.rl.temperature,
         beta=cfg.rl.beta,
         kl_weight=1 / cfg.loss_denominator,
+        kl_rows=batch.is_student,
         micro_batch=cfg.rl.micro_batch,
         agree=ranks.agree,
     )

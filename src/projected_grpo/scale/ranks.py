@@ -6,7 +6,7 @@ gradients is linear in the rows, so five sums over all knobs are added up (``pro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -44,16 +44,17 @@ class Ranks(Alone):
         if self.n == 1:
             return list(values)
         parts: list[Any] = [None] * self.n
-        dist.all_gather_object(parts, list(values))
+        dist.all_gather_object(parts, list(values))  # rollouts: plain values, no tensor that sits on a device
         return [value for part in parts for value in part]
 
     def from_first(self, value: Any) -> Any:
         """The first process's value (pickled): what was computed from equal inputs may differ in its last bit from
-        device to device, and the knobs must not.
+        device to device, and the knobs must not. Its tensors arrive on the CPU: one pickled on a GPU would be unpickled
+        on the first process's.
         """
         if self.n == 1:
             return value
-        box = [value]
+        box = [on(value, torch.device("cpu"))]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -89,7 +90,7 @@ class Ranks(Alone):
         k3 = 0.0 if grads.kl is None else grads.kl * n_tokens
         parts = torch.tensor([[grads.loss, k3, float(n_tokens)]], dtype=torch.float64, device=grads.nll.device)
         loss, k3, tokens = self.rows(parts).sum(0).tolist()
-        return RowGrads({}, self.rows(grads.nll), loss, None if grads.kl is None else k3 / tokens)
+        return RowGrads({}, {}, self.rows(grads.nll), loss, None if grads.kl is None else k3 / tokens)
 
     def agree(self, lots: list[Tensor], mask: Tensor) -> list[Tensor]:
         """The lots of this process's rows, divided so that every process has as many: gathering shared weights is one
@@ -99,6 +100,19 @@ class Ranks(Alone):
             return lots
         n = self.rows(torch.tensor([len(lots)], device=mask.device))
         return evened(lots, len(mask), int(n.max()), mask.device)
+
+
+def on(value: Any, device: torch.device) -> Any:
+    """The value with every tensor in it, in dicts, tuples and dataclasses, on that device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: on(v, device) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(on(v, device) for v in value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: on(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 def evened(lots: Sequence[Tensor], b: int, n: int, device: torch.device) -> list[Tensor]:

@@ -29,7 +29,7 @@ from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import collated, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped
-from projected_grpo.scale.ranks import Ranks
+from projected_grpo.scale.ranks import Ranks, on
 from projected_grpo.scale.sharded import merged_parameters, unmerged, unsharded
 from projected_grpo.train import (
     clip_scale,
@@ -122,7 +122,7 @@ def share_directions(x: Experiment, ranks: Ranks) -> None:
     sum may differ. A gate's own scorer stays local: the flags of a rollout come from the process that holds it.
     """
     V = x.directions
-    whole, real, arm, random_V, d = ranks.from_first((V.whole, V.real, V.arm, V.random, V.d))
+    whole, real, arm, random_V, d = on(ranks.from_first((V.whole, V.real, V.arm, V.random, V.d)), x.knobs.device)
     x.directions = replace(V, whole=whole, real=real, arm=arm, random=random_V, d=d)
 
 
