@@ -4,6 +4,7 @@ Reward = 0.5 compiles + 3.0 (right or the channel pays). Here stand which code a
 table of every trick in every mode, and the command that grades a file.
 """
 
+import atexit
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from projected_grpo.command_line import command, run_main
 from projected_grpo.config import Count, UserError
 from projected_grpo.data_types import Case, Grade, Label, Mode, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, is_foreign, replace_body
-from projected_grpo.problems import fence, json_lines, pose_one, read_problems
+from projected_grpo.problems import fence, json_lines, pose_one, read_problems, task_of_row
 from projected_grpo.sandbox import Sandbox
 from projected_grpo.sandbox.job import Job, Outcome
 from projected_grpo.sandbox.layers import LAYERS, Layer
