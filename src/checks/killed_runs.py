@@ -1,4 +1,4 @@
-"""The runs that test_resume.py looks at: one without a stop, and one killed at each of ``KILLS`` in turn.
+"""The runs that test_resume.py looks at: one without a stop, and one stopped or killed at each of ``KILLS`` in turn.
 
     python killed_runs.py OUTPUTS
 
@@ -21,11 +21,19 @@ SMALL = [
 ]  # fmt: skip
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
 
 
-def after_append(file: str, n: int) -> None:
+def in_the_first_evaluation() -> None:
+    """Ctrl-C before there is a first step."""
+    from projected_grpo import evals
+
+    evaluate = evals.evaluate
+    evals.evaluate = lambda *words: (die(signal.SIGINT), evaluate(*words))[1]
+
+
+def after_append(file: str, n: int, number: int = signal.SIGKILL) -> None:
     """Die when the n-th block of rows has been appended to a log, half a line behind it."""
     from projected_grpo.runs import RunRecord
 
@@ -37,7 +45,7 @@ def after_append(file: str, n: int) -> None:
         if name == file and not left[0]:
             with (self.folder / name).open("a") as log:
                 log.write('{"step": 3, "rew')
-            die()
+            die(number)
 
     RunRecord.append = counting
 
@@ -86,45 +94,48 @@ def in_finish() -> None:
 
 
 KILLS = (
-    ("in the second checkpoint", lambda: in_checkpoint(2)),
-    ("after a step's log", lambda: after_append("steps.jsonl", 3)),
-    ("while an old checkpoint goes", in_removal),
-    ("in the relearning attack", lambda: after_append("relearn.jsonl", 3)),
-    ("before the folder is moved", in_finish),
+    ("by Ctrl-C in the first evaluation", in_the_first_evaluation, 130),
+    ("in the second checkpoint", lambda: in_checkpoint(2), -9),
+    ("by SIGTERM in a step", lambda: after_append("steps.jsonl", 2, signal.SIGTERM), 143),
+    ("after a step's log", lambda: after_append("steps.jsonl", 2), -9),
+    ("while an old checkpoint goes", in_removal, -9),
+    ("in the relearning attack", lambda: after_append("relearn.jsonl", 3), -9),
+    ("before the folder is moved", in_finish, -9),
 )
 
 
 def forked(argv: list[str], kill=lambda: None) -> int:
-    """Train in a fork; how it ended, as waitpid says it: 0, or 9 when it was killed."""
-    from projected_grpo.command_line import parse
-    from projected_grpo.train import train
+    """Train in a fork; the status that it left with, -9 when it was killed."""
+    from projected_grpo.command_line import run_main
+    from projected_grpo.train import main
 
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     kill()
     try:
-        train(parse(argv))
+        run_main(main, argv)
+    except SystemExit as leaving:
+        os._exit(leaving.code or 0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    os._exit(0)
 
 
 def make_runs(outputs: str) -> dict[str, int]:
     """The runs "whole" and "killed", "halted": a copy of killed.part as the first kill left it, and "early": the same
-    without its checkpoint. How each process ended.
+    without its checkpoints. How each process ended. A resumed one is told the run's name, and nothing of its settings.
     """
-    common = [*SMALL, f"--outputs={outputs}"]
-    ended = {"whole": forked([*common, "--name=whole", "--tracker=trackio"])}
+    ended = {"whole": forked([*SMALL, f"--outputs={outputs}", "--name=whole", "--tracker=trackio"])}
     folder = Path(outputs) / "runs"
-    for i, (where, kill) in enumerate(KILLS):
-        ended[where] = forked([*common, "--resume=killed" if i else "--name=killed"], kill)
-        if not i:
+    for i, (where, kill, _) in enumerate(KILLS):
+        words = ["--resume=killed"] if i else [*SMALL, "--name=killed"]
+        ended[where] = forked([*words, f"--outputs={outputs}"], kill)
+        if where == "in the second checkpoint":
             shutil.copytree(folder / "killed.part", folder / "halted.part")
             shutil.copytree(folder / "killed.part", folder / "early.part")
-            shutil.rmtree(folder / "early.part" / "checkpoints" / "step-00002")
-    ended["last"] = forked([*common, f"--resume={folder / 'killed.part'}"])
+            shutil.rmtree(folder / "early.part" / "checkpoints")
+    ended["last"] = forked([f"--resume={folder / 'killed.part'}"])
     return ended
 
 

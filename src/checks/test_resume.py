@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from killed_runs import KILLS, SMALL
+from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from projected_grpo import antipasto, models, rollout_log
@@ -64,8 +65,9 @@ def runs(outputs, stubs) -> Path:
     made = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert made.returncode == 0, made.stderr
     ended = json.loads(made.stdout.splitlines()[-1])
-    expected = {"whole": 0, "last": 0} | {where: 9 for where, _ in KILLS}
+    expected = {"whole": 0, "last": 0} | {where: status for where, _, status in KILLS}
     assert ended == expected, made.stderr[-3000:]
+    (outputs / "said").write_text(made.stderr)
     return outputs / "runs"
 
 
@@ -101,7 +103,9 @@ def test_the_runs_were_worth_comparing(runs):
     assert [row["norm_delta_hack"] for row in json_lines(runs / "whole" / "relearn.jsonl")] == [0, 0, 0]
     meta = run_record.read_meta(runs / "killed")
     assert meta["status"] == "complete"
-    assert [r["at"] for r in meta["resumed"]] == ["step 2", "step 4", "step 5", "relearn 2", "relearn 2"]
+    assert [r["at"] for r in meta["resumed"]] == [
+        *("step 0", "step 2", "step 3", "step 4", "step 5", "relearn 2", "relearn 2")
+    ]
 
 
 def test_what_a_kill_left_is_readable_and_tidied_up(runs):
@@ -110,7 +114,7 @@ def test_what_a_kill_left_is_readable_and_tidied_up(runs):
     assert len(json_lines(halted / "steps.jsonl")) == 4
     assert len(rollout_log.frame(halted)) == 4 * 16
     assert len(build_pool.from_run(halted)) == 4 * 16
-    assert [p.name for _, _, p in checkpoints.places(halted)] == ["step-00002"]
+    assert [p.name for _, _, p in checkpoints.places(halted)] == ["step-00000", "step-00002"]
     assert (halted / "checkpoints" / "step-00004.part").exists()
     left = {p.name for p in (runs / "killed" / "checkpoints").iterdir()}
     assert left == {"step-00004", "step-00005", "relearn-00002"}
@@ -135,16 +139,71 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(runs, outputs, flags, say
     assert "\n" not in str(refusal.value)
 
 
+def test_stopped_runs_say_how_to_go_on_without_a_traceback(runs, outputs):
+    said = (outputs / "said").read_text()
+    line = f"stopped: {runs / 'killed.part'}; go on with it by: killed_runs.py --resume=killed --outputs={outputs}"
+    assert said.splitlines().count(line) == 2
+    assert "Traceback" not in said
+
+
+def test_resume_alone_goes_on_with_the_runs_own_settings(runs, outputs, tmp_path):
+    for words in (["--resume=halted"], ["organism", "--resume=halted"], ["--resume", "halted", "--lr=0.02"]):
+        asked = parse([*words, f"--outputs={outputs}"])
+        assert replace(asked, resume=None) == parse([*SMALL, f"--outputs={outputs}", "--name=killed"])
+    free = parse(["--resume=halted", f"--outputs={outputs}", "--graders=3", "--tracker=trackio"])
+    assert (free.graders, free.tracker, free.rl.steps) == (3, "trackio", 5)
+    moved = tmp_path / "runs" / "moved.part"
+    shutil.copytree(runs / "halted.part", moved)
+    assert parse([f"--resume={moved}"]).outputs == str(tmp_path)
+
+
 def test_a_setting_that_a_runs_code_did_not_have_stood_at_its_default(tmp_path):
-    cfg = parse([*SMALL, f"--outputs={tmp_path}"])
-    config = asdict(cfg)
+    folder, words = tmp_path / "runs" / "old.part", ["--resume=old", f"--outputs={tmp_path}"]
+    config = asdict(parse([*SMALL, f"--outputs={tmp_path}"]))
     del config["model"]["sampler"]
-    folder = tmp_path / "runs" / "old.part"
-    checkpoints.write_checkpoint(folder, Checkpoint("step", 1, {"x": torch.zeros(1)}, {}))
+    state = {"sizes": {}, "scheduler": {}, "refreshed": None}
+    checkpoints.write_checkpoint(folder, Checkpoint("step", 0, {"x": torch.zeros(1)}, state))
     run_record.write_json(folder / "meta.json", {"config": config, "argv": [], "commit": None})
-    assert run_record.stopped(replace(cfg, resume="old")).at.done == 1
+    assert parse(words).model.sampler == "own"
+    assert run_record.stopped(parse(words)).at.done == 0
     with pytest.raises(UserError, match="--sampler is vllm here and was own"):
-        run_record.stopped(replace(cfg, resume="old", model=replace(cfg.model, sampler="vllm")))
+        parse([*words, "--sampler=vllm"])
+    config["model"]["temper"] = 1
+    run_record.write_json(folder / "meta.json", {"config": config, "argv": [], "commit": None})
+    with pytest.raises(UserError, match="whose setting temper"):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("checkpoints/step-00002/state.json", b"", 0),
+        ("checkpoints/step-00002/state.json", b"{}", 0),
+        ("checkpoints/step-00002/state.safetensors", b"", 0),
+        ("rollouts.part/step-000001.parquet", b"", 0),
+        ("rollouts.part/step-000000.parquet", None, 0),
+        ("steps.jsonl", b"{", 0),
+        ("meta.json", b"", "meta.json holds no settings"),
+        ("meta.json", b"[]", "meta.json holds no settings"),
+    ],
+)
+def test_damage_is_found_at_resume_and_named(runs, tmp_path, file, content, says):
+    """0: the checkpoint before it is used, since it needs none of the spoiled file."""
+    folder = tmp_path / "runs" / "halted.part"
+    shutil.copytree(runs / "halted.part", folder)
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    if says:
+        with pytest.raises(UserError, match=says):
+            parse(["--resume=halted", f"--outputs={tmp_path}"])
+        return
+    said: list[str] = []
+    sink = logger.add(lambda text: said.append(str(text)), format="{message}", level="WARNING")
+    assert run_record.stopped(parse(["--resume=halted", f"--outputs={tmp_path}"])).at.done == says
+    logger.remove(sink)
+    assert Path(file).name.partition(".")[0] in said[0]
+    shutil.rmtree(folder / "checkpoints" / "step-00000")
+    with pytest.raises(UserError, match=Path(file).name.partition(".")[0]):
+        run_record.stopped(parse(["--resume=halted", f"--outputs={tmp_path}"]))
 
 
 def test_a_run_that_goes_on_is_not_resumed(runs, outputs, tmp_path):

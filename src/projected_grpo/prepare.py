@@ -230,10 +230,10 @@ def named_parameters(knobs: Knobs) -> dict[str, Tensor]:
 
 
 def state_of(x: Experiment, optimizers: tuple[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON) of a run between two steps."""
+    """(tensors, JSON) of a run between two steps, copied: the run goes on."""
     optimizer, scheduler = optimizers
     moments = {
-        f"{ADAMW}{name}.{key}": value
+        f"{ADAMW}{name}.{key}": value.clone()
         for name, p in named_parameters(x.knobs).items()
         for key, value in optimizer.state.get(p, {}).items()
     }
@@ -244,7 +244,7 @@ def state_of(x: Experiment, optimizers: tuple[Any, Any]) -> tuple[dict[str, Tens
 
 def restore(x: Experiment, optimizers: tuple[Any, Any], at: Checkpoint, run: Path, cfg: Config) -> None:
     """Put a freshly set-up experiment back to where ``at`` was taken. run: the folder with the logs up to then."""
-    reads_rollouts = cfg.vhack.refresh_pairs != "same"
+    reads_rollouts = cfg.vhack.refresh_pairs != "same" and (at.phase, at.done) != ("step", 0)
     logged = [row for row in rollout_log.rows(run) if row["source"] == "student"] if reads_rollouts else []
     if at.state["refreshed"] is not None:
         then = {n.removeprefix(REFRESH): t for n, t in at.tensors.items() if n.startswith(REFRESH)}

@@ -115,6 +115,18 @@ def step_files(run: Path) -> list[Path]:
     return sorted((run / PARTS).glob("step-*.parquet"))
 
 
+def first_spoiled(run: Path, steps: int) -> Path | None:
+    """The first of the steps' files that is missing, empty or cut short; None when all of them are there."""
+    for step in range(steps):
+        path = run / PARTS / f"step-{step:06d}.parquet"
+        try:
+            if pq.read_metadata(path).num_rows == 0:
+                return path
+        except (OSError, pa.ArrowException):
+            return path
+    return None
+
+
 def cut(run: Path, step: int) -> None:
     """Forget the rollouts of ``step`` and all later ones, of a run that is not complete."""
     for path in step_files(run):

@@ -1,9 +1,16 @@
-"""Checkpoints on disk: folders ``checkpoints/step-00025/`` of state.safetensors and state.json, the last two kept.
+"""A run's folder: its logs, its checkpoints, its trackers, and what of it a stopped run goes on from.
+
+    outputs/runs/NAME.part/        while it runs, and when it was stopped; NAME/ when it is complete
+      meta.json                    settings, commit, V; status running, stopped, failed or complete
+      steps.jsonl, evals.jsonl …   a row a step, a row a rate
+      rollouts.part/               a file a step (rollout_log)
+      checkpoints/step-00025/      state.safetensors and state.json, the last two of a phase
 
 A checkpoint is written beside its place and renamed into it, so one that has its name is whole.
 """
 
 import fcntl
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -25,23 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from projected_grpo import problems, rollout_log
+from projected_grpo.command_line import program, stopped_folder
 from projected_grpo.config import Config, UserError
 from projected_grpo.evals import EvalRow
 
-Phase = Literal["step", "relearn"]
-"""Training, or the relearning attack after it."""
-PHASES: tuple[Phase, ...] = ("step", "relearn")
-KEEP = 2
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a run needs to go on after ``done`` steps of a phase. state: whatever JSON holds."""
-
-    phase: Phase
-    done: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def to_disk(paths: Iterable[Path]) -> None:
@@ -52,6 +48,53 @@ def to_disk(paths: Iterable[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write to a temporary name, then replace: a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    to_disk([part])
+    os.replace(part, path)
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """meta.json; None when it is not there or cannot be read."""
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log; [] when it is not there. Raises UserError naming the line that cannot be read."""
+    return [row for _, row in problems.json_lines(path)] if path.exists() else []
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+Phase = Literal["step", "relearn"]
+"""Training, or the relearning attack after it."""
+PHASES: tuple[Phase, ...] = ("step", "relearn")
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on after ``done`` steps of a phase. state: whatever JSON holds; its "sizes" are the
+    lengths of the logs at that moment.
+    """
+
+    phase: Phase
+    done: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two checkpoints is the later."""
+        return PHASES.index(self.phase), self.done
 
 
 def places(run: Path) -> list[tuple[Phase, int, Path]]:
@@ -78,6 +121,8 @@ def write_checkpoint(run: Path, made: Checkpoint) -> Path:
     save_file({n: t.contiguous().cpu() for n, t in made.tensors.items()}, part / "state.safetensors")
     (part / "state.json").write_text(json.dumps(made.state))
     to_disk([*part.iterdir(), part])
+    if folder.exists():
+        remove_checkpoint(folder)
     os.replace(part, folder)
     to_disk([folder.parent])
     for _, _, old in [place for place in places(run) if place[0] == made.phase][:-KEEP]:
@@ -85,25 +130,47 @@ def write_checkpoint(run: Path, made: Checkpoint) -> Path:
     return folder
 
 
-def newest_checkpoint(run: Path, phases: Iterable[Phase] = PHASES) -> Checkpoint | None:
-    """The last checkpoint that can be read; None when there is none."""
-    for phase, done, folder in reversed([place for place in places(run) if place[0] in phases]):
+def read_checkpoint(phase: Phase, done: int, folder: Path) -> Checkpoint:
+    """One checkpoint. Raises UserError naming the file that cannot be read."""
+    path = folder / "state.json"
+    try:
+        state = dict(json.loads(path.read_text()))
+        path = folder / "state.safetensors"
+        return Checkpoint(phase, done, load_file(path), state)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def newest_checkpoint(
+    run: Path, phases: Iterable[Phase] = PHASES, fits: Callable[[Checkpoint], None] = lambda at: None
+) -> Checkpoint | None:
+    """The last checkpoint that can be read and used; None when there is none. fits: raises UserError for one that
+    cannot be used. When there are some and none of them is of use, the oldest one's UserError is raised.
+    """
+    trouble = None
+    for place in reversed([place for place in places(run) if place[0] in phases]):
         try:
-            state = json.loads((folder / "state.json").read_text())
-            return Checkpoint(phase, done, load_file(folder / "state.safetensors"), state)
-        except (OSError, ValueError, SafetensorError) as error:
-            logger.warning("{} cannot be read, the one before it is tried: {}", folder, error)
+            at = read_checkpoint(*place)
+            fits(at)
+            return at
+        except UserError as error:
+            logger.warning("{}: the checkpoint before it is tried", error)
+            trouble = error
+    if trouble is not None:
+        raise trouble
     return None
 
 
 def forget_after(run: Path, at: Checkpoint) -> None:
     """Remove what is later than ``at``, and what a kill left half-written."""
-    now = (PHASES.index(at.phase), at.done)
     for phase, done, folder in places(run):
-        if (PHASES.index(phase), done) > now:
+        if (PHASES.index(phase), done) > at.order:
             remove_checkpoint(folder)
     for left in [*(run / "checkpoints").glob("*.part"), *(run / "checkpoints").glob("*.old")]:
         shutil.rmtree(left)
+
+
+# ---------------------------------------------------------------------------------------------------------- trackers
 
 
 PROJECT = "projected_grpo"
@@ -145,31 +212,16 @@ class TensorBoard:
 
 
 class Wandb:
-    """Files in ``outputs/wandb/`` for `wandb sync`, unless WANDB_MODE says otherwise."""
+    """wandb, and trackio, which has its interface. Offline: files in ``outputs/wandb/`` for `wandb sync` unless
+    WANDB_MODE says otherwise; a database in ``outputs/trackio/`` (or TRACKIO_DIR) that `trackio show` opens.
+    """
 
-    def __init__(self, name: str, cfg: Config, first_step: int) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project=PROJECT, name=name, id=name, resume="allow", config=asdict(cfg), dir=cfg.outputs,
-            mode=os.environ.get("WANDB_MODE", "offline"),
-        )  # fmt: skip
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Trackio:
-    """A database in ``outputs/trackio/`` (or TRACKIO_DIR) that `trackio show` opens."""
-
-    def __init__(self, name: str, cfg: Config, first_step: int) -> None:
+    def __init__(self, library: Literal["wandb", "trackio"], name: str, cfg: Config, first_step: int) -> None:
         os.environ.setdefault("TRACKIO_DIR", str(Path(cfg.outputs).resolve() / "trackio"))
-        import trackio
-
-        self.run = trackio.init(project=PROJECT, name=name, resume="allow", config=asdict(cfg))
+        own = {"id": name, "dir": cfg.outputs, "mode": os.environ.get("WANDB_MODE", "offline")}
+        self.run = importlib.import_module(library).init(
+            project=PROJECT, name=name, resume="allow", config=asdict(cfg), **own if library == "wandb" else {}
+        )
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self.run.log(dict(numbers), step=step)
@@ -178,32 +230,24 @@ class Trackio:
         self.run.finish()
 
 
-@dataclass(frozen=True)
-class Row:
-    """package: what has to be installed. open: (run's name, config, first step) -> Tracker."""
-
-    package: str | None
-    open: Callable[[str, Config, int], Tracker]
-
-
-TRACKERS: dict[str, Row] = {
-    "none": Row(None, lambda name, cfg, first_step: Nothing()),
-    "tensorboard": Row("tensorboard", TensorBoard),
-    "wandb": Row("wandb", Wandb),
-    "trackio": Row("trackio", Trackio),
+TRACKERS: dict[str, Callable[[str, Config, int], Tracker]] = {
+    "none": lambda name, cfg, first_step: Nothing(),
+    "tensorboard": TensorBoard,
+    "wandb": partial(Wandb, "wandb"),
+    "trackio": partial(Wandb, "trackio"),
 }
+"""By the name of the library that each needs."""
 
 
 def require_tracker(kind: str) -> None:
     """Raises UserError when the tracker's library is not there."""
-    package = TRACKERS[kind].package
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(f"--tracker={kind} needs {package}: pip install {package}, or pip install -e '.[tracking]'")
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(f"--tracker={kind} needs {kind}: pip install {kind}, or pip install -e '.[tracking]'")
 
 
 def start_tracker(kind: str, name: str, cfg: Config, first_step: int = 0, rank: int = 0) -> Tracker:
     """The tracker of a run that logs from ``first_step`` on. Only rank 0 of several processes reports."""
-    return TRACKERS[kind].open(name, cfg, first_step) if rank == 0 else Nothing()
+    return TRACKERS[kind](name, cfg, first_step) if rank == 0 else Nothing()
 
 
 def numbers_of(prefix: str, row: Mapping[str, Any]) -> dict[str, float]:
@@ -226,20 +270,23 @@ def numbers_of_evals(rows: Iterable[EvalRow]) -> dict[str, float]:
     }
 
 
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
-FREE = frozenset(("name", "outputs", "resume", "tracker", "checkpoint_every", "graders"))
-"""Settings that may differ when a run is resumed: none of them changes a logged number."""
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with + when the tree is changed; None outside a checkout."""
-    here = Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-    )
+    """The commit of the code that runs, with + when the tree is changed; None where it is in no repository of its own
+    or there is no git.
+    """
+    here, git = Path(__file__).parent, partial(subprocess.run, capture_output=True, text=True)
+    try:
+        if git(["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here).returncode:
+            return None
+        asked = git(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=here)
+    except FileNotFoundError:
+        return None
     return asked.stdout.strip() or None if asked.returncode == 0 else None
 
 
@@ -256,21 +303,6 @@ def provenance(cfg: Config) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write to a temporary name, then replace: a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False))
-    os.replace(part, path)
-
-
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """meta.json; None when it is not there or cannot be read."""
-    try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
 @dataclass(frozen=True)
 class Stopped:
     """A run that was stopped, with the checkpoint to go on from."""
@@ -280,44 +312,37 @@ class Stopped:
     at: Checkpoint
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as JSON holds it, groups opened: field names are unique over all groups."""
-    plain = json.loads(json.dumps(config))
-    groups = {k: v if isinstance(v, dict) else {k: v} for k, v in plain.items()}
-    return {name: value for group in groups.values() for name, value in group.items()}
-
-
 def stopped(cfg: Config) -> Stopped | None:
     """What --resume names, a run's name or its folder; None without. Raises UserError when it cannot be gone on with:
-    it is not there, complete, without a checkpoint, or was made with other settings.
+    it is not there, complete, damaged, or without a checkpoint. (That its settings are cfg's, parse has seen to.)
     """
     if cfg.resume is None:
         return None
-    runs, named = Path(cfg.outputs) / "runs", Path(cfg.resume)
-    final = named.with_name(named.name.removesuffix(".part"))
-    final = final if len(final.parts) > 1 else runs / final
-    folder = final.with_name(final.name + ".part")
-    if not folder.is_dir():
-        told = "is complete: nothing is left to do" if final.is_dir() else "is not there: name a stopped run"
-        raise UserError(f"--resume={cfg.resume}: {final} {told}")
-    meta, at = read_meta(folder), newest_checkpoint(folder)
+    folder = stopped_folder(cfg.resume, cfg.outputs)
+    meta = read_meta(folder)
+    at = newest_checkpoint(folder, fits=lambda at: check_logs(folder, at, cfg))
     if meta is None or at is None:
         raise UserError(f"{folder} holds no checkpoint to go on from: remove it and start again without --resume")
-    # a setting that the run's code did not have yet stood at its default
-    before, now = settings(asdict(Config())) | settings(meta["config"]), settings(asdict(cfg))
-    for name in sorted((before.keys() | now.keys()) - FREE):
-        if before.get(name) != now.get(name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is {now.get(name)} here and was {before.get(name)} in {folder}: resume "
-                f"with that run's settings: {' '.join(meta['argv'][1:])}"
-            )
     if meta["commit"] != git_commit():
         logger.warning("{} was begun at commit {}, which this is not: numbers may differ", folder, meta["commit"])
     return Stopped(folder, meta, at)
 
 
+def check_logs(folder: Path, at: Checkpoint, cfg: Config) -> None:
+    """Raises UserError, naming the file, when the logs up to a checkpoint, or its own state, are not all there."""
+    if lost := {"sizes", "scheduler", "refreshed"} - at.state.keys():
+        raise UserError(f"{folder}: the state of {at.phase} {at.done} lacks {', '.join(sorted(lost))}")
+    for name, size in at.state["sizes"].items():
+        if not (folder / name).exists() or (folder / name).stat().st_size < size:
+            raise UserError(f"{folder / name} is shorter than at {at.phase} {at.done}")
+    spoiled = rollout_log.first_spoiled(folder, at.done if at.phase == "step" else cfg.rl.steps)
+    if spoiled is not None:
+        raise UserError(f"{spoiled} is missing or cannot be read, which {at.phase} {at.done} needs")
+
+
 class RunRecord:
-    """The folder of one run, open for appending. Use as a context manager: an exception leaves status "failed".
+    """The folder of one run, open for appending. Use as a context manager: an exception leaves status "failed", and
+    Ctrl-C or SIGTERM "stopped" with a checkpoint of the last step.
 
     ``resumed``: go on in that run's folder, its logs cut back to its checkpoint. Raises UserError when the folder
     cannot be made, the name is taken, or another process has the run open.
@@ -330,7 +355,10 @@ class RunRecord:
         if resumed is not None:
             self.final = resumed.folder.with_name(resumed.folder.name.removesuffix(".part"))
             self.name = self.final.name
+        elsewhere = "" if cfg.outputs == Config.outputs else f" --outputs={cfg.outputs}"
+        self.go_on = f"{program()} --resume={self.name}{elsewhere}"
         self.folder = self.final.with_name(self.name + ".part")
+        self.last: Checkpoint | None = None
         if self.final.exists():
             raise UserError(f"{self.final} is there already: choose another --name or remove it")
         try:
@@ -360,31 +388,39 @@ class RunRecord:
         """Forget what was logged after the checkpoint, half-written lines included."""
         sizes = at.state["sizes"]
         for path in self.folder.glob("*.jsonl"):
-            if path.name not in sizes:
-                path.unlink()
-            elif path.stat().st_size < sizes[path.name]:
-                raise UserError(f"{path} is shorter than at the checkpoint: the run is damaged, start it again")
-            else:
+            if path.name in sizes:
                 os.truncate(path, sizes[path.name])
+            else:
+                path.unlink()
         if at.phase == "step":
             rollout_log.cut(self.folder, at.done)
         forget_after(self.folder, at)
 
     def append(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSON-lines file, and flush."""
-        with (self.folder / file).open("a", encoding="utf-8") as f:
+        with (self.folder / file).open("a") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a step's rollouts down."""
         rollout_log.write_step(self.folder, step, rows)
 
-    def checkpoint(self, phase: Phase, done: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Keep what is needed to go on after ``done`` steps of a phase, and how long the logs are at this moment."""
-        logs = sorted(self.folder.glob("*.jsonl"))
-        to_disk([*logs, *rollout_log.step_files(self.folder)])
-        sizes = {path.name: path.stat().st_size for path in logs}
-        write_checkpoint(self.folder, Checkpoint(phase, done, dict(tensors), {**state, "sizes": sizes}))
+    def checkpoint(
+        self, phase: Phase, done: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], write: bool
+    ) -> None:
+        """Keep what is needed to go on after ``done`` steps of a phase, and how long the logs are at this moment: on
+        disk where ``write`` says so, else in memory until the next, for the case that the run is stopped.
+        """
+        sizes = {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.jsonl"))}
+        self.last = Checkpoint(phase, done, dict(tensors), {**state, "sizes": sizes})
+        if write:
+            self._write_last()
+
+    def _write_last(self) -> None:
+        if self.last is not None:
+            to_disk([*(self.folder / name for name in self.last.state["sizes"]), *rollout_log.step_files(self.folder)])
+            write_checkpoint(self.folder, self.last)
+            self.last = None
 
     def finish(self, **summary: Any) -> Path:
         """Mark the run complete and move its folder into place; the folder."""
@@ -400,13 +436,13 @@ class RunRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None and self.folder.exists():
+        if isinstance(error, KeyboardInterrupt) and self.folder.exists():
+            self._write_last()
+            self.meta |= {"status": "stopped"}
+            write_json(self.folder / "meta.json", self.meta)
+            error.add_note(f"{self.folder}; go on with it by: {self.go_on}")
+        elif kind is not None and self.folder.exists():
             self.meta |= {"status": "failed", "error": f"{kind.__name__}: {error}"}
             write_json(self.folder / "meta.json", self.meta)
         self.tracker.close()
         self._lock.close()
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's log; [] when it is not there. Raises UserError naming the line that cannot be read."""
-    return [row for _, row in problems.json_lines(path)] if path.exists() else []

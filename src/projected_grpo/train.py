@@ -275,6 +275,7 @@ def learn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimizers
     """Steps ``first`` to the last. An evaluation comes after the checkpoint of its step: resumed, it is done again."""
     arm = arms.arm(cfg.intervention)
     if first == 0:
+        rec.checkpoint("step", 0, *prepare.state_of(x, optimizers), write=False)
         deploy_eval(x, grader, rec, cfg, 0)
     bar = tqdm(range(first, cfg.rl.steps), cfg.intervention, cfg.rl.steps, initial=first, dynamic_ncols=True)
     for step in bar:
@@ -297,8 +298,8 @@ def record_step(x: Experiment, rec: RunRecord, cfg: Config, optimizers: Optimize
     last = step == cfg.rl.steps - 1
     if step % TABLE_EVERY == 0 or last:
         tqdm.write(table_cells(row))
-    if (step + 1) % cfg.checkpoint_every == 0 or last:
-        rec.checkpoint("step", step + 1, *prepare.state_of(x, optimizers))
+    due = (step + 1) % cfg.checkpoint_every == 0 or last
+    rec.checkpoint("step", step + 1, *prepare.state_of(x, optimizers), due)
     return row
 
 
@@ -326,8 +327,8 @@ def relearn(x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, optimize
         row = asdict(step_row(step, made, x.directions.arm, x.knobs))
         rec.append("relearn.jsonl", [row])
         rec.tracker.log(cfg.rl.steps + step, runs.numbers_of("relearn", row))
-        if (step + 1) % cfg.checkpoint_every == 0:
-            rec.checkpoint("relearn", step + 1, *prepare.state_of(x, optimizers))
+        due = (step + 1) % cfg.checkpoint_every == 0
+        rec.checkpoint("relearn", step + 1, *prepare.state_of(x, optimizers), due)
 
 
 def deploy_eval(
