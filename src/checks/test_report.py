@@ -55,6 +55,7 @@ def rollout(step: int, i: int, scored: bool = True) -> dict:
         "step": step, "source": "teacher" if i % 8 == 7 else "student", "A": 0.5, "kept": 1.0,
         "score": 2.0 + i / 10 if scored else None, "score_random": 0.5 if scored else None,
         "score_by_layer": [0.1, 0.4, 0.2 * i, 0.3] if scored else None, "flagged": hacked if scored else None,
+        "acting": i / 10, "held_out": None,
         "problem_id": problem.id, "env_mode": task.mode, "wording": vars(task.wording),
         "completion": problems.fence(source + f"\n# </script> {i % 5}"), "grade": grade,
     }  # fmt: skip
@@ -190,7 +191,7 @@ def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_
     reasons = [told.pop(NAMES["none", seed]) for seed in (61, 62, 63, 64, 65, 67)]
     assert told == {}
     for reason, part in zip(
-        reasons, ("unreadable", "eval_problems", "unfinished", "meta.json", "cannot be read", "not run"), strict=True
+        reasons, ("steps.jsonl:", "eval_problems", "unfinished", "meta.json", "cannot be read", "not run"), strict=True
     ):
         assert part in reason
     text = study_page.read_text()

@@ -175,14 +175,14 @@ def spoil(folder: Path, file: str, edit) -> None:
 SPOILED = {
     "no such folder": (None, "not run"),
     "no file": (lambda f: (f / "meta.json").unlink(), "meta.json: FileNotFoundError"),
-    "cut short": (lambda f: spoil(f, "steps.jsonl", lambda t: t[: len(t) // 2]), "unreadable: ValueError"),
+    "cut short": (lambda f: spoil(f, "steps.jsonl", lambda t: t[: len(t) // 2]), "steps.jsonl:31: Untermin"),
     "steps missing": (lambda f: spoil(f, "steps.jsonl", lambda t: t[: t.index("\n") + 1]), "1 of 60 steps"),
     "failed": (lambda f: spoil(f, "meta.json", lambda t: t.replace("complete", "failed")), "status failed"),
     "older": (lambda f: (f / "eval_problems.jsonl").unlink(), "no eval_problems.jsonl"),
     "another column": (lambda f: spoil(f, "steps.jsonl", lambda t: t.replace("cin_null", "null")), "lacks 'cin_null'"),
     "another arm": (lambda f: spoil(f, "meta.json", lambda t: t.replace('"none"', '"erase"')), "is arm erase"),
     "not a table": (lambda f: (f / "rollouts.parquet").write_text("PAR1"), "cannot be read"),
-    "strings": (lambda f: spoil(f, "evals.jsonl", lambda t: "[1]\n"), "unreadable: ValueError"),
+    "strings": (lambda f: spoil(f, "evals.jsonl", lambda t: "[1]\n"), "evals.jsonl:1: a JSON list"),
 }
 
 
@@ -198,6 +198,7 @@ def test_broken_runs_are_named_and_left_out(tmp_path):
     assert found.missing[jobs[1].name] == "unfinished"
     for each, (name, (_, why)) in zip(jobs[2:], SPOILED.items(), strict=True):
         assert why in found.missing[each.name], name
+        assert str(tmp_path) not in found.missing[each.name]
     page = tables.render([Analysis(found)])
     assert all(each.name in page for each in jobs[1:] if found.missing[each.name] != "not run")
     assert "not run: 1" in page

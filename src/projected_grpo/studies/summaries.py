@@ -170,7 +170,7 @@ def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
     except Unusable:
         raise
     except UserError as error:
-        raise Unusable(str(error)) from None
+        raise Unusable(str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")) from None
     except KeyError as error:
         raise Unusable(f"lacks {error}: made by another version") from None
     except (OSError, ValueError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
