@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo.sandbox import Sandbox, harness, layers
+from projected_grpo.sandbox import Sandbox, harness, layers, worker
 from projected_grpo.sandbox import child as sandbox_child
 from projected_grpo.sandbox import job as sandbox_job
 from projected_grpo.sandbox.job import Foreign, Job, call_of, check_carried, decode, outcome_of
@@ -306,6 +306,31 @@ def test_an_interrupted_run_leaves_no_process_and_no_folder(how, tmp_path):
     process.stdout.close()
     assert not gone(below)
     assert [path for path in tmp_path.iterdir() if path.name.startswith("projected_grpo-")] == []
+
+
+def test_folders_of_dead_processes_are_cleared_away_at_the_next_start(tmp_path, monkeypatch):
+    """Killed together with its workers, a process leaves its folders; those of a live one, or of a locked one, stay."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, locked, live, foreign = (
+        tmp_path / name
+        for name in (
+            *(f"projected_grpo-{ended.pid}-a", f"projected_grpo-{ended.pid}-b"),
+            *(f"projected_grpo-{os.getpid()}-c", "projected_grpo-elsewhere"),
+        )
+    )
+    for folder in (dead, locked, live, foreign):
+        folder.mkdir()
+        (folder / "left").touch()
+    lock = worker.locked(str(locked))
+    with Sandbox(workers=1, allow_unsandboxed=True, use=()) as sandbox:
+        assert sandbox.run([job("return 1")])[0].values == (1,)
+        (own,) = (p for p in tmp_path.iterdir() if p not in (locked, live, foreign))
+        assert own.name.startswith(f"projected_grpo-{os.getpid()}-")
+        assert worker.locked(str(own), wait=False) is None
+    assert set(tmp_path.iterdir()) == {locked, live, foreign}
+    os.close(lock)
 
 
 def test_descriptors_and_memory_files_are_given_back(two):

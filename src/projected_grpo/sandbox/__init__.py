@@ -16,7 +16,7 @@ from typing import Any
 from projected_grpo.sandbox import layers
 from projected_grpo.sandbox.job import Job, Outcome, call_of
 from projected_grpo.sandbox.layers import LAYERS, Layer
-from projected_grpo.sandbox.worker import SandboxError, Worker
+from projected_grpo.sandbox.worker import SandboxError, Worker, clear_away
 
 
 def cores() -> int:
@@ -34,6 +34,7 @@ class Sandbox:
 
     def __init__(self, workers: int | None = None, allow_unsandboxed: bool = False, use: Collection[Layer] = LAYERS):
         self._queue: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
+        clear_away()
         self._config, self._why = layers.plan(use)
         self._workers = [Worker(self._config) for _ in range(workers or 2 * cores())]
         self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]

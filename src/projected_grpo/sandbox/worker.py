@@ -1,6 +1,8 @@
 """One worker of the sandbox: a zygote process (child), its socket, and a job's way there and back."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
@@ -57,6 +59,44 @@ def backstop(cpu_s: float) -> tuple[int, int]:
     return seconds, seconds
 
 
+def locked(folder: str, wait: bool = True) -> int | None:
+    """Descriptor of a folder under a lock that ends with this process; None where another process holds it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def clear_away() -> None:
+    """Remove the scratch folders that processes which are dead left behind: killed with all their workers at once.
+
+    The lock tells a process of another container, whose number says nothing here, from a dead one.
+    """
+    for folder in glob.glob(os.path.join(tempfile.gettempdir(), "projected_grpo-*-*")):
+        owner = os.path.basename(folder).split("-")[1]
+        if not owner.isdigit() or alive(int(owner)) or (fd := locked(folder, wait=False)) is None:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(fd)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # there is one, of somebody else
+        return True
+    return True
+
+
 class Worker:
     """One zygote and its socket. Used by one thread, which also starts it (bubblewrap dies with that thread).
 
@@ -68,6 +108,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.socket: socket.socket | None = None
         self.folder: str | None = None
+        self.lock: int | None = None
         self.aborted = False
         self.hello: dict[str, Any] = {}
 
@@ -75,6 +116,7 @@ class Worker:
         """Start the zygote; raises SandboxError with what it said if it does not come up."""
         self.folder = None if self.config["bubble"] else tempfile.mkdtemp(prefix=f"projected_grpo-{os.getpid()}-")
         scratch = self.folder or layers.SCRATCH_IN_BUBBLE
+        self.lock = locked(self.folder) if self.folder else None
         if self.config["uid"]:
             os.chown(scratch, self.config["uid"], self.config["uid"])
         self.socket, theirs = socket.socketpair()
@@ -113,6 +155,9 @@ class Worker:
         self.process = None
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def abort(self) -> None:
         """From another thread: end the job that is running, and start no other."""
