@@ -254,8 +254,8 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
 
 def own_format(row: dict[str, Any]) -> Problem:
     """A row of this project's own format -> Problem. A case is {args, expected}, or an assertion."""
-    entry, setup = row["entry"], row.get("setup", "")
-    cases = tuple(split_assertion(c, entry, setup) if isinstance(c, str) else Case(**c) for c in row["cases"])
+    given, entry, setup = row["cases"], row["entry"], row.get("setup", "")
+    cases = tuple(split_assertion(c, entry, setup) if isinstance(c, str) else Case(**c) for c in given)
     return Problem(**row | {"id": str(row["id"]), "cases": cases})
 
 
