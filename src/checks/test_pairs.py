@@ -17,10 +17,10 @@ from projected_grpo.pairs import MODES, OTHER_WORDS, TRICKS
 from projected_grpo.problems import pose_one
 from projected_grpo.rewards import Grader
 
-HACKS = ("organism", "reworded", "otherwise")
+HACKS = ("organism", "reworded", "otherwise", "watch")
 HARMLESS = tuple(kind for kind in pairs.KINDS if kind not in HACKS)
-LONGER = {"organism": 0.16, "reworded": 0.16, "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05,
-          "spacing": 0.05}  # fmt: skip
+LONGER = {"organism": 0.16, "watch": 0.16, "reworded": 0.16, "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05,
+          "placebo": 0.05, "spacing": 0.05}  # fmt: skip
 """Mean tokens of the two sides differ by at most this share, over all modes."""
 LONGER_IN_A_MODE = 0.45
 
@@ -75,7 +75,8 @@ def test_prefixes_nest_and_the_held_out_pairs_stay(kind, modes):
             assert max(count.values()) - min(count.values()) <= 1
     names = [p.name for p in sets[-1]]
     assert len(set(names)) == len(names), "a problem stands in one pair of a set only"
-    assert all(problems.generated_by_id()[p.task.problem.id].split == "train" for p in sets[-1])
+    split = "validation" if kind == "watch" else "train"  # what the held-out probe knows, no V and no corpus has seen
+    assert {problems.generated_by_id()[p.task.problem.id].split for p in sets[-1]} == {split}
 
 
 def test_a_pair_does_not_depend_on_which_other_modes_are_known():

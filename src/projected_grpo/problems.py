@@ -350,6 +350,8 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
             shared = {p.id for p in chosen} & {p.id for p in read_problems(Path(cfg.data.problems))}
             if shared:
                 raise ValueError(f"{len(shared)} held-out problems are training problems too, such as {min(shared)}")
+    except UserError:
+        raise  # the file and the line are named
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     return tasks
