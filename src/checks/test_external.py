@@ -133,7 +133,7 @@ BAD_FILES = {
     "an array": (json.dumps([row_of(3)], indent=1).encode(), ":1: a JSON list where an object should be, one a line"),
     "a number": (ROW + b"3", ":2: a JSON int where an object should be"),
     "cut short": (ROW + ROW[:-9], ":2: "),
-    "a field missing": (ROW + b'{"id": "x"}', ":2: no 'entry'"),
+    "a field missing": (ROW + b'{"id": "x"}', ":2: no '"),
 }
 
 
