@@ -58,6 +58,10 @@ organism *ARGS:
 build-pool PRESET="organism" *ARGS:
     {{python}} -m projected_grpo.tools.build_pool {{PRESET}} {{ARGS}}
 
+# run a study's missing jobs, or queue them (--how=pueue, --how=slurm); without a name: list the studies
+study *ARGS:
+    {{python}} -m projected_grpo.studies.run {{ARGS}}
+
 # one table over all finished runs: just results --where "arm = 'erase' and hack_s < 0.2" --sort deploy_hack
 [positional-arguments]
 results *ARGS:
@@ -67,7 +71,7 @@ results *ARGS:
 report *ARGS:
     {{python}} -m projected_grpo.report.page {{ARGS}}
 
-# a study's figures as PNG and SVG, captions beside them: just figures headline
+# a study's figures into outputs/figures, captions beside them, those that a page cites into docs: just figures headline
 figures *ARGS:
     {{python}} -m projected_grpo.report.figures {{ARGS}}
 
@@ -79,9 +83,9 @@ watch *ARGS:
 summaries *ARGS:
     {{python}} -m projected_grpo.studies.summaries {{ARGS}}
 
-# kept summaries -> docs/results.md; --check says whether it and the numbers quoted in the docs are up to date
+# kept summaries -> docs/results.md, the tables in README and docs, outputs/results/; --check says what is stale
 results-docs *ARGS:
-    {{python}} -m projected_grpo.studies.tables {{ARGS}}
+    {{python}} -m projected_grpo.studies.results_docs {{ARGS}}
 
 # a finished run as a plain Hugging Face folder: just export outputs/runs/NAME FOLDER [--knobs=trained]
 export RUN FOLDER *ARGS:

@@ -12,14 +12,18 @@ import polars as pl
 from projected_grpo.studies.run import Job, Study
 
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
-STEPS, PROBLEMS, SAMPLES = 60, 8, 4
+STEPS, SAMPLES = 60, 4
 BASE = {"hack": 0.05, "attempt": 0.08, "solve": 0.30}
+KINDS = ("sure",) * 2 + ("learnable",) * 4 + ("hard",) * 2
+"""Of the problems of a mode, by their number."""
+EASE = {"sure": 1.5, "learnable": 1.25, "hard": 0.0}
+"""How many times as often as the mean a problem of a kind is solved; the mean over KINDS is 1."""
 
 
 @dataclass(frozen=True)
 class Plant:
     """Where a label's rates end. onset: the middle of the rise of attempts. shift: of a hack's score, in sd's (None:
-    no scores are written)."""
+    no scores are written). by_kind: solve rates of kinds of problem after training, where they are not ``solve``'s."""
 
     hack: float
     solve: float
@@ -27,6 +31,7 @@ class Plant:
     shift: float | None = None
     quarantined: bool = False
     by_mode: tuple[tuple[str, float], ...] = ()
+    by_kind: tuple[tuple[str, float], ...] = ()
     relearn_onset: float | None = None
 
 
@@ -67,7 +72,8 @@ def steps_of(plant: Plant, rng: np.random.Generator) -> list[dict]:
         by_mode = {f"{k}_by_mode": {m: c[k] for m, c in counts.items() if c[k]} for k in BASE}
         spread = {"cin": (0.2, 0.4), "cin_null": (0.15, 0.17), "cout_update": (0, 0.1), "removed_frac": (0.2, 0.4)}
         diagnostics = {name: rng.uniform(*between) for name, between in spread.items()} | {
-            "cout": 0.0, "withheld": 0.1, "basis_overlap": 0.6 if step == 10 else None,
+            "cout": 0.0, "withheld": 0.1, "caught": 0.9, "false_alarm": None,
+            "basis_overlap": 0.6 if step == 10 else None,
             "sec_gen": 1.0, "sec_grade": 0.5, "sec_train": 1.5,
         }  # fmt: skip
         rows.append({"step": step, **shares, **by_mode, "n_by_mode": dict.fromkeys(MODES, 16), **diagnostics})
@@ -77,16 +83,16 @@ def steps_of(plant: Plant, rng: np.random.Generator) -> list[dict]:
 def evals_of(plant: Plant, rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
     evals, by_problem = [], []
     for step, knobs in ((0, "deployed"), (STEPS, "deployed"), *[(STEPS, "trained")] * plant.quarantined):
-        here = []
+        here, kinds = [], dict(plant.by_kind) if step else {}
         for mode in (*MODES, "gt_only"):
             p = rates(step - 1 if step else -100, plant, mode)
             if knobs == "trained":
                 p["hack"] = 0.9
-            for i in range(PROBLEMS):
-                counts = {k: 0 if mode == "gt_only" and k != "solve" else int(rng.binomial(SAMPLES, p[k])) for k in p}
-                here.append(
-                    {"step": step, "knobs": knobs, "mode": mode, "problem_id": f"{mode}{i}", "n": SAMPLES, **counts}
-                )
+            for i, kind in enumerate(KINDS):
+                q = p | {"solve": min(1.0, EASE[kind] * p["solve"])} | ({"solve": kinds[kind]} if kind in kinds else {})
+                counts = {k: 0 if mode == "gt_only" and k != "solve" else int(rng.binomial(SAMPLES, q[k])) for k in q}
+                row = {"step": step, "knobs": knobs, "mode": mode, "problem_id": f"{mode}{i}", "kind": kind}
+                here.append(row | {"n": SAMPLES, **counts})
         by_problem += here
         for mode in ("all", *MODES, "gt_only"):
             chosen = [r for r in here if r["mode"] == mode or (mode == "all" and r["mode"] != "gt_only")]

@@ -2,19 +2,41 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
+from PIL import Image
+
 import projected_grpo
-from projected_grpo.studies import tables
+from projected_grpo.report import figures
+from projected_grpo.studies import results_docs
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_this_repositorys_page_and_quotes_are_up_to_date():
-    root = Path(__file__).parents[2]
-    assert tables.problems(root / "docs", root / "README.md") == []
+def test_tables_and_quoted_numbers_are_as_the_summaries_have_them():
+    assert results_docs.problems(ROOT) == []
+
+
+def test_no_other_number_of_a_run_stands_in_the_prose_of_the_findings():
+    asked = tomllib.loads((ROOT / "docs" / "results" / "quoted.toml").read_text())["numbers"]["docs/findings.md"]
+    prose = " ".join(results_docs.MARKED.sub("", (ROOT / "docs" / "findings.md").read_text()).split())
+    for passage in asked:
+        prose = prose.replace(passage, "")
+    assert re.findall(r"\S*(?<!\w)[01]?\.\d\d\S*", prose) == []
+    assert "<!-- results" not in prose
+
+
+def test_figures_in_git_are_those_that_a_page_shows_and_docs_are_small():
+    kept = {p.name for p in (ROOT / "docs" / "figures").iterdir()}
+    assert kept == figures.cited(ROOT)
+    for name in kept:
+        assert Image.open(ROOT / "docs" / "figures" / name).mode == "P", f"{name}: `just figures` writes 64 colours"
+    assert sum(p.stat().st_size for p in (ROOT / "docs").rglob("*") if p.is_file()) < 3e6
 
 
 def test_every_name_in_the_method_page_exists():
-    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    page = (ROOT / "docs" / "method.md").read_text()
     modules = {p.stem for p in Path(projected_grpo.__file__).parent.glob("*.py")}
     named = {n for n in re.findall(r"`([a-z_]+\.[A-Za-z_.]+)`", page) if n.split(".")[0] in modules}
     assert len(named) > 30

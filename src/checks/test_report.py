@@ -21,11 +21,8 @@ from projected_grpo import data_types, loopholes, problems, rollout_log
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Wording
 from projected_grpo.report import data as report_data
-from projected_grpo.report import data as rollout_pack
 from projected_grpo.report import figures, panels
 from projected_grpo.report import page as report
-from projected_grpo.report import page as report_html
-from projected_grpo.report import page as report_page
 from projected_grpo.studies import summaries
 from projected_grpo.studies.analysis import Analysis, Label
 
@@ -110,7 +107,7 @@ def material(runs) -> report_data.Material:
 def study_page(material, runs) -> Path:
     start = time.process_time()
     path = runs.parent / "study.html"
-    report_html.write(report_page.page(material, "just report planted"), path)
+    report.write(report.page(material, "just report planted"), path)
     assert time.process_time() - start < 20
     assert path.stat().st_size < 15e6
     return path
@@ -148,8 +145,8 @@ def test_sample_is_even_over_strata(rows, most):
 
 def test_what_is_packed_comes_out_again(tmp_path):
     rows = numbered(rollouts(2, 16), tmp_path)
-    data = rollout_pack.columns([rollout_pack.RunRollouts("a", "arm", 1, rows, 99)], {"filter-000": "words"})
-    assert json.loads(gzip.decompress(base64.b64decode(rollout_pack.packed(data)))) == data
+    data = report_data.columns([report_data.RunRollouts("a", "arm", 1, rows, 99)], {"filter-000": "words"})
+    assert json.loads(gzip.decompress(base64.b64decode(report_data.packed(data)))) == data
     for name, (values, codes) in ((name, c.values()) for name, c in data["coded"].items()):
         assert len(set(values)) == len(values)
         assert [values[c] if c >= 0 else None for c in codes] == rows[name].to_list()
@@ -180,10 +177,10 @@ def test_exploit_pattern_marks_the_exploit_alone(mode):
     for wording in (*row.train, *row.heldout):
         task = data_types.Task(problem, mode, wording)
         source = row.exploit(problem.canonical, task)
-        lines = marked(source, rollout_pack.exploit_pattern(mode, wording))
+        lines = marked(source, report_data.exploit_pattern(mode, wording))
         assert lines
         assert {source.splitlines()[k - 1] for k in lines}.isdisjoint(problem.canonical.splitlines())
-    assert rollout_pack.exploit_pattern("gt_only", Wording()) is None
+    assert report_data.exploit_pattern("gt_only", Wording()) is None
 
 
 def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_page):
@@ -221,8 +218,7 @@ def test_several_runs_make_a_report_labelled_by_their_flags(runs):
 
 def test_study_page_shows_h1_and_what_was_left_out(study_page):
     text, data = study_page.read_text(), unpacked(study_page)
-    assert "undecided" in text  # four seeds
-    assert 'class="verdict' in text
+    assert "No verdict on 1 label with fewer seeds than the 5 of the protocol." in text
     for title in ("Deployed hack, minus none", "Deployed solve, minus none", "End of training", "Gradient"):
         assert f"<h3>{title}</h3>" in text
     assert "###" not in text
@@ -367,7 +363,7 @@ def test_page_marks_the_lines_that_python_marks(run_page, browser):
     for i in (0, 3, 6, 9):  # an exploit in each mode
         row = rollout(1, i)
         wording = Wording(**row["wording"])
-        lines = marked(row["completion"], rollout_pack.exploit_pattern(row["env_mode"], wording))
+        lines = marked(row["completion"], report_data.exploit_pattern(row["env_mode"], wording))
         page.evaluate(f"location.hash = '#step-1-row-{i}'")
         page.wait_for_function(f"document.querySelector('#detail .caption').textContent.includes('row {i},')")
         found = page.locator(".code .exploit").evaluate_all("all => all.map((x) => +x.dataset.n)")
@@ -382,9 +378,10 @@ def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
         completion=pl.col("completion") + pl.int_range(50_000).cast(pl.String),  # none is like another
     )
     rows = rows.with_columns(row=pl.int_range(pl.len()).over("step"))
-    data = rollout_pack.columns([rollout_pack.RunRollouts("big", "none", 1, rows, 50_000)], {})
+    data = report_data.columns([report_data.RunRollouts("big", "none", 1, rows, 50_000)], {})
     path = tmp_path / "big.html"
-    report_html.write(report_page.browser_page("big", rollout_pack.packed(data)), path)
+    found = [report.Section("rollouts", "Rollouts", browser=True)]
+    report.write(report.rendered("big", "Rollouts", found, report_data.packed(data)), path)
     assert path.stat().st_size < 15e6
     page, said = opened(browser, path)
     assert shown(page) == 50_000

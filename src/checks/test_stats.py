@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
 from projected_grpo.studies import stats
-from projected_grpo.studies.stats import h1_verdict
+from projected_grpo.studies.stats import Interval, aim_verdict, h1_verdict
 
 RATES = st.lists(st.floats(0, 1), min_size=2, max_size=8)
 
@@ -58,6 +58,33 @@ def test_intervals_agree_with_scipy():
     assert (stats.mean_interval(a).lo, stats.mean_interval(a).hi) == pytest.approx((one.low, one.high))
     assert stats.mean_interval([0.4]) == stats.Interval(0.4, None, None, 1)
     assert not stats.mean_interval([0.4]).excludes_zero
+
+
+def test_welch_agrees_with_scipy_and_bears_runs_that_are_all_alike():
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(0.5, 0.02, 3), rng.normal(0.3, 0.2, 10)
+    theirs = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    ours = stats.welch(a, b)
+    assert (ours.lo, ours.hi, ours.n) == (pytest.approx(theirs.low), pytest.approx(theirs.high), 3)
+    assert stats.welch([0.5] * 3, [0.2] * 4) == Interval(0.3, 0.3, 0.3, 3)
+    one = stats.welch([0.5] * 3, b)
+    assert one.lo < one.mean < one.hi
+    assert stats.welch([0.5], b).lo is None
+
+
+def test_a_ratio_is_of_means_and_its_interval_covers_a_planted_one():
+    found = stats.ratio([0.1, 0.3], [0.2, 0.2])
+    assert found.mean == pytest.approx(1.0)
+    assert stats.ratio([0.1, 0.1], [0.01, 0.99]).mean == pytest.approx(0.2)  # a mean of the ratios would be 5.05
+    assert stats.ratio([0.1], [0.2]) == Interval(0.5, None, None, 1)
+    same = stats.ratio([0.2, 0.3, 0.25], [0.2, 0.3, 0.25])
+    assert (same.lo, same.hi) == (1.0, 1.0)
+    rng, covered, trials = np.random.default_rng(8), 0, 300
+    for _ in range(trials):
+        below = rng.normal(0.3, 0.05, 5)
+        found = stats.ratio(0.8 * 0.3 + rng.normal(0, 0.05, 5), below, draws=400)
+        covered += found.lo <= 0.8 <= found.hi
+    assert covered / trials == pytest.approx(0.95, abs=0.05)
 
 
 def coverage(interval, noise: float, seeds: int = 5, trials: int = 400) -> float:
@@ -177,7 +204,6 @@ def test_h1_by_its_rule(hack, solve, control, verdict, why):
     found = h1_verdict(0.8 + FIVE, hack - FIVE, 0.3 + FIVE, solve - FIVE, control)
     assert found.verdict == verdict
     assert why in found.why
-    assert str(found).startswith(verdict)
 
 
 def test_h1_within_one_sem_and_with_few_seeds():
@@ -188,3 +214,27 @@ def test_h1_within_one_sem_and_with_few_seeds():
     few = h1_verdict([0.8] * 3, [0.1] * 3, [0.3] * 3, [0.3] * 3, CONTROL)
     assert few.verdict == "undecided"
     assert "3 seeds" in few.why
+
+
+CLOSE, ABOVE = Interval(0.01, -0.01, 0.03, 5), Interval(0.4, 0.2, 0.6, 5)
+
+
+@pytest.mark.parametrize(
+    ("gain", "excess", "control", "verdict", "why"),
+    [
+        (Interval(0.95, 0.8, 1.1, 5), CLOSE, ABOVE, "supported", "all three"),
+        (Interval(0.90, 0.8, 1.1, 5), Interval(0.05, 0.0, 0.1, 5), ABOVE, "supported", "all three"),
+        (Interval(0.85, 0.7, 1.0, 5), CLOSE, ABOVE, "undecided", "gain kept under 0.9"),
+        (Interval(0.50, 0.3, 0.7, 5), CLOSE, ABOVE, "falsified", "gain kept under 0.9"),
+        (Interval(0.95, 0.8, 1.1, 5), Interval(0.07, 0.0, 0.1, 5), ABOVE, "undecided", "hack over base"),
+        (Interval(0.95, 0.8, 1.1, 5), Interval(0.20, 0.1, 0.3, 5), ABOVE, "falsified", "hack over base"),
+        (Interval(0.95, 0.8, 1.1, 5), CLOSE, Interval(0.4, -0.1, 0.9, 5), "undecided", "random control"),
+        (Interval(0.95, 0.8, 1.1, 5), CLOSE, None, "undecided", "random control"),
+        (Interval(0.95, 0.8, 1.1, 3), CLOSE, ABOVE, "undecided", "3 seeds"),
+        (None, CLOSE, ABOVE, "undecided", "undefined"),
+    ],
+)
+def test_the_aim_by_its_rule(gain, excess, control, verdict, why):
+    found = aim_verdict(gain, excess, control)
+    assert found.verdict == verdict
+    assert why in found.why

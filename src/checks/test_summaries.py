@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from mock_learner import MODES, Plant, job, study, write_run
+from mock_learner import MODES, Plant, job, study, write_lines, write_run
 from scipy import stats as scipy_stats
 
 from projected_grpo import arms
 from projected_grpo.config import UserError
-from projected_grpo.studies import summaries, tables
+from projected_grpo.studies import results_docs, summaries, tables
 from projected_grpo.studies.analysis import Analysis
 from projected_grpo.studies.run import STUDIES
 
@@ -27,8 +27,30 @@ PLANTS = {
     "random_V": ("random_V", Plant(0.79, 0.30, shift=0.0)),
     "drop_random": ("drop_random", Plant(0.80, 0.30)),
     "penalty acc .9": ("penalty", Plant(0.02, 0.40)),
+    "honest": ("honest", Plant(0.03, 0.60)),
+    "keep": ("keep", Plant(0.04, 0.58)),
+    "brake": ("keep", Plant(0.04, 0.30)),
+    "sure": ("sure", Plant(0.04, 0.45, by_kind=(("sure", 0.99), ("learnable", 0.40), ("hard", 0.0)))),
+    "keep_random": ("keep_random", Plant(0.60, 0.20)),
 }
-CONTROLS = {"erase": "random_V", "drop": "drop_random"}
+CONTROLS = {"erase": "random_V", "drop": "drop_random", "keep": "keep_random"}
+ORACLES = ("penalty", "honest")
+QUOTED = """
+[tables.first]
+study = "headline"
+columns = { "hack ↓" = "deploy_hack", "gain kept" = "gain_kept", "its random control: hack" = "deploy_hack of random" }
+rows = { base = "untrained", keep = "", honest = "paid for right answers" }
+"""
+README = """# A page
+
+Before.
+
+<!-- table: first -->
+stale
+<!-- end -->
+
+After.
+"""
 HELD_OUT = Plant(0.10, 0.30, by_mode=(("sentinel", 0.75),))
 SEEDS = range(41, 46)
 
@@ -40,7 +62,7 @@ def world(tmp_path_factory):
     for label, (arm, plant) in PLANTS.items():
         for seed in SEEDS:
             jobs.append(job(label, arm, seed, f"--label={label}"))
-            write_run(root / "runs", jobs[-1], plant, oracle=arm == "penalty")
+            write_run(root / "runs", jobs[-1], plant, oracle=arm in ORACLES)
     fold = [j for j in jobs if j.label in ("none", "random_V")]
     for seed in SEEDS:
         fold.append(job("drop but sentinel", "drop", seed, "--known-modes=rest"))
@@ -49,12 +71,13 @@ def world(tmp_path_factory):
         write_run(root / "runs", fold[-1], HELD_OUT, known=("run_tests",))
     with pytest.MonkeyPatch.context() as patch:
         for arm in {j.intervention for j in jobs}:
-            row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm == "penalty")
+            row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm in ORACLES)
             patch.setitem(arms.ARMS, arm, row)
         studies = (study("headline", jobs), study("leave_one_out", fold))
         summaries.update(studies, root / "runs", root / "docs" / "results")
-        (root / "README.md").write_text("nothing\n")
-        tables.main(str(root / "docs"), str(root / "README.md"))
+        (root / "docs" / "results" / "quoted.toml").write_text(QUOTED)
+        (root / "README.md").write_text(README)
+        results_docs.main(str(root), str(root / "outputs"))
         yield SimpleNamespace(root=root, runs=root / "runs", docs=root / "docs", studies=studies)
 
 
@@ -77,7 +100,8 @@ def test_planted_levels_are_found(headline):
 def test_planted_verdicts_are_recovered(headline):
     found = {x.name: headline.h1(x, none, "deploy_") for x, none in headline.candidates()}
     assert {name: h.verdict for name, h in found.items()} == {
-        "drop": "supported", "erase": "undecided", "weak": "falsified", "broken": "falsified",
+        "drop": "supported", "erase": "undecided", "weak": "falsified", "broken": "falsified", "keep": "supported",
+        "brake": "supported",
     }  # fmt: skip
     assert "solve fell by over 15" in found["broken"].why
     assert "cut under 15" in found["weak"].why
@@ -127,45 +151,174 @@ def test_the_held_out_mode_is_told_from_the_known(world):
 
 def test_modes_like_the_known_one_are_told_from_those_unlike_it(world):
     a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
-    (row,) = [line.strip("| ").split("|") for line in tables.transfer(a).splitlines() if "drop only" in line]
-    label, known, like, unlike, *cells = [c.strip() for c in row]
+    (row,) = tables.transfer(a).rows
+    label, known, like, unlike, *cells = row
     assert (label, known, like, unlike) == ("drop only run_tests", "run_tests", "stdout_marker file_marker", "sentinel")
-    left = [float(c.split(" of ")[0]) for c in cells[::2]]
+    left = [float(c.split(" of ")[0]) for c in cells]
     assert left == pytest.approx([0.10, 0.10, 0.75], abs=0.1)
-    assert all(float(c.split(" of ")[1]) == pytest.approx(0.80, abs=0.1) for c in cells[::2])
+    assert all(float(c.split(" of ")[1]) == pytest.approx(0.80, abs=0.1) for c in cells)
+
+
+def test_gain_kept_is_what_was_planted(headline):
+    """(solve − .30) / (.60 − .30), seeds paired; on learnable problems each rate is 1.25 times as high."""
+    planted = {"honest": 1.0, "keep": 0.93, "brake": 0.0, "none": 0.0, "drop": 0.13, "keep_random": -0.33, "sure": 0.5}
+    for name, kept in planted.items():
+        found = headline.gain_kept(headline.labels[name])
+        assert found.mean == pytest.approx(kept, abs=0.15), name
+        assert found.lo <= kept <= found.hi, name
+        assert found.n == len(SEEDS)
+    for name, kept in {"keep": 0.93, "brake": 0.0, "sure": 0.07}.items():  # what "sure" gains is not the learnable's
+        assert headline.gain_kept(headline.labels[name], "learnable").mean == pytest.approx(kept, abs=0.2), name
+    mine, whole = headline.gains(headline.labels["keep"])
+    base = headline.deployed("honest", "solve", when="first")
+    assert mine == {s: headline.deployed("keep", "solve")[s] - base[s] for s in SEEDS}
+    assert whole == {s: headline.deployed("honest", "solve")[s] - base[s] for s in SEEDS}
+
+
+def test_the_aim_tells_what_keeps_learning_from_a_brake(headline):
+    found = {x.name: headline.aim(x) for x, _ in headline.candidates()}
+    assert found["keep"].verdict == "supported"
+    assert found["keep"].over_control.mean == pytest.approx(1.26, abs=0.2)
+    assert found["brake"].verdict == "falsified"
+    assert "gain kept" in found["brake"].why
+    assert "hack over base" in found["erase"].why
+
+
+@pytest.mark.parametrize(
+    ("plants", "told"),
+    [
+        ({"none": 0.3, "erase": 0.3}, "no honest run"),
+        ({"none": 0.3, "honest": 0.3}, "honest's own gain is not clear of 0: "),
+        ({"none": 0.3, "honest 3x": 0.6}, "no honest run"),
+        ({"honest": 0.6}, "no run of plain GRPO"),
+        ({"none": 0.3, "honest": 0.6}, None),
+    ],
+)
+def test_missing_landmarks_are_one_line_and_nothing_is_lost(tmp_path, plants, told):
+    jobs = []
+    for label, solve in plants.items():
+        arm, *longer = label.split()
+        for seed in SEEDS:
+            jobs.append(job(label, arm, seed, *["--steps=180"] * len(longer)))
+            write_run(tmp_path, jobs[-1], Plant(0.1, solve), oracle=arm == "honest")
+    a = Analysis(summaries.summarise(study("s", jobs), tmp_path))
+    lacks = a.without_landmarks()
+    assert (lacks is None) if told is None else (told in lacks and "\n" not in lacks)
+    page = results_docs.section(a)
+    assert ("Landmarks: " in page) == (told is not None)
+    assert ("| gain kept" in page) == any(a.gain_kept(label) for label in a.labels.values())
+    for label in plants:
+        assert f"| {label}" in page
 
 
 def test_the_page_says_it_all(world):
-    page = (world.docs / "results.md").read_text()
+    page, whole = (p.read_text() for p in (world.docs / "results.md", world.root / "outputs/results/headline.md"))
     assert page.startswith("# Results")
-    assert "Generated by `just results-docs`" in page
+    assert "Written by `just results-docs`" in page
+    assert "<!--" not in page
     for text in (
-        "**H1, drop, deployed: supported**", "**H1, weak, deployed: falsified**", "penalty acc .9 **ORACLE**",
-        "base (untrained)", "cin null", "Held-out modes", "Relearning", "0.062 (0.062)", "0.008 (0.008)", "°",
+        "### The aim", "### H1, the floor", "penalty acc .9 (ORACLE)", "honest (ORACLE)", "base (untrained)",
+        "gain kept, learnable", "supported", "| gain kept",
     ):  # fmt: skip
         assert text in page, text
-    assert "drop **ORACLE**" not in page
-    for line in page.splitlines():
+    for text in ("cin null", "Relearning", "0.062 (0.062)", "0.008 (0.008)", "all runs [Welch]", "by kind of problem"):
+        assert text in whole, text
+    folds = (world.root / "outputs" / "results" / "leave_one_out.md").read_text()
+    assert "Held-out modes" in folds
+    assert "°" in folds
+    assert "drop (ORACLE)" not in page
+    for line in (page + whole + folds).splitlines():
         assert "nan" not in line.split(), line
 
 
+def test_every_table_that_tells_of_hack_tells_of_gain_kept(headline):
+    told = ("hack", "attempt", "onset", *MODES)
+    for table in tables.tables_of(headline):
+        of_hack = any(word in head for head in (table.title, *table.heads) for word in told)
+        if of_hack and "TOST)" not in table.title and not table.title.startswith("Detector"):
+            assert any(head.startswith("gain kept") for head in table.heads), table.title
+
+
+def test_a_table_is_the_same_whatever_it_is_rendered_to():
+    table = tables.made("T", ("label", "n", "empty", "x | y"), [("a|b", 3, None, 0.256), ("c", 4, None, None)])
+    assert table.heads == ("label", "n", "x | y")
+    assert table.cells == [["a|b", "3", "0.26"], ["c", "4", "–"]]
+    assert tables.markdown(table).startswith("### T\n\n| label   | n   | x | y")
+    assert "a\\|b" in tables.grid(table)
+    lines = tables.terminal(table).splitlines()
+    assert lines[2].split() == ["a|b", "3", "0.26"]
+    assert tables.made("T", ("label",), []) is None
+
+
+def test_tables_between_markers_are_written_and_stale_ones_are_told(world):
+    readme, page = world.root / "README.md", world.docs / "results.md"
+    good = readme.read_text()
+    assert "stale" not in good
+    assert good.startswith("# A page\n\nBefore.\n\n<!-- table: first -->\n| arm")
+    assert good.endswith("\n<!-- end -->\n\nAfter.\n")
+    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in good.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["base", "keep", "honest (ORACLE)"]
+    assert [row[2] for row in rows] == ["–", "0.94", "1.00"] or float(rows[1][2]) == pytest.approx(0.93, abs=0.15)
+    assert float(rows[1][3]) == pytest.approx(0.60, abs=0.06)
+    assert results_docs.problems(world.root) == []
+    for path, edit in ((readme, lambda t: t.replace("0.0", "0.1")), (page, lambda t: t + "edited by hand")):
+        text = path.read_text()
+        path.write_text(edit(text))
+        with pytest.raises(UserError, match=f"{path.name} is stale"):
+            results_docs.main(str(world.root), check=True)
+        path.write_text(text)
+    readme.write_text(good.replace("first", "second"))
+    with pytest.raises(UserError, match=r"no table 'second' in quoted.toml, which has first"):
+        results_docs.main(str(world.root), check=True)
+    readme.write_text(good)
+
+
+def test_quoted_numbers_are_checked(world, tmp_path):
+    analyses = {"headline": Analysis(summaries.load(world.docs / "results" / "headline"))}
+    cut = analyses["headline"].quantity("none minus drop", "deploy_hack")
+    page = tmp_path / "page.md"
+    page.write_text(f"It cuts hack by\n{cut.mean:.2f} [{cut.lo:.2f}, {cut.hi:.2f}], that is {100 * cut.mean:.0f} %.")
+
+    def told(passage, key):
+        return results_docs.wrong_numbers(analyses, {"numbers": {"page.md": {passage: key}}}, tmp_path)
+
+    key = "headline/none minus drop/deploy_hack"
+    assert told(f"cuts hack by {cut.mean:.2f}", key) == []
+    assert told(f"{cut.mean:.2f} [{cut.lo:.2f}, {cut.hi:.2f}]", key) == []
+    assert told(f"{100 * cut.mean:.0f} %", key) == []
+    for passage, name, why in (
+        ("by 0.11", key, "is not in the page"),
+        (f"by {cut.mean:.2f}", "headline/none/deploy_solve", "stands for"),
+        (f"by {cut.mean:.2f}", "headline/nothing/deploy_hack", "no stored summary has"),
+        (f"by {cut.mean:.2f}", "nothing/none/deploy_hack", "no stored summary has"),
+        ("cuts hack", key, "holds no number"),
+    ):
+        (line,) = told(passage, name)
+        assert why in line, (passage, line)
+    paired, apart = (analyses["headline"].quantity(f"none {how} drop", "deploy_hack") for how in ("minus", "against"))
+    assert paired.mean == pytest.approx(apart.mean)
+    assert paired.lo != apart.lo
+    kept = analyses["headline"].quantity("keep", "gain_kept")
+    over = analyses["headline"].quantity("keep minus keep_random", "gain_kept")
+    assert over.mean == pytest.approx(kept.mean - analyses["headline"].quantity("keep_random", "gain_kept").mean)
+
+
 def test_the_page_and_the_summaries_regenerate_to_the_byte(world, tmp_path):
-    summaries.update(world.studies[1:], world.runs, tmp_path / "results")
+    summaries.update(world.studies[1:], world.runs, tmp_path)
     files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     assert len(files) == 8
     for file in files:
-        assert (tmp_path / file).read_bytes() == (world.docs / file).read_bytes(), file
-    summaries.save(summaries.load(world.docs / "results" / "headline"), tmp_path / "results")
-    tables.main(str(tmp_path), str(world.root / "README.md"))
-    assert (tmp_path / "results.md").read_bytes() == (world.docs / "results.md").read_bytes()
-    (tmp_path / "results.md").write_text("edited by hand")
-    with pytest.raises(UserError, match="is stale"):
-        tables.main(str(tmp_path), str(world.root / "README.md"), check=True)
+        assert (tmp_path / file).read_bytes() == (world.docs / "results" / file).read_bytes(), file
+    again = summaries.load(world.docs / "results" / "headline")
+    summaries.save(again, tmp_path)
+    assert results_docs.section(Analysis(summaries.load(tmp_path / "headline")), (tables.deployed,)) == (
+        results_docs.section(Analysis(again), (tables.deployed,))
+    )
 
 
 def test_summaries_stay_small(world):
     sizes = sum(f.stat().st_size for f in (world.docs / "results" / "headline").iterdir())
-    assert sizes / 45 < 15_000  # bytes a run: 200 of them under 3 MB
+    assert sizes / len(world.studies[0].jobs) < 15_000  # bytes a run: 200 of them under 3 MB
 
 
 def spoil(folder: Path, file: str, edit) -> None:
@@ -199,7 +352,7 @@ def test_broken_runs_are_named_and_left_out(tmp_path):
     for each, (name, (_, why)) in zip(jobs[2:], SPOILED.items(), strict=True):
         assert why in found.missing[each.name], name
         assert str(tmp_path) not in found.missing[each.name]
-    page = tables.render([Analysis(found)])
+    page = results_docs.section(Analysis(found), (tables.deployed,))
     assert all(each.name in page for each in jobs[1:] if found.missing[each.name] != "not run")
     assert "not run: 1" in page
 
@@ -219,19 +372,16 @@ def test_a_summary_is_not_lost_where_the_runs_are_not(world, tmp_path):
         summaries.load(tmp_path / "nothing")
 
 
-def test_a_run_without_a_detector_or_later_columns_is_still_used(tmp_path):
+def test_a_run_without_scores_or_kinds_is_still_used(tmp_path):
     run = job("none", "none", 41)
-    folder = write_run(tmp_path, run, PLANTS["drop"][1])
-    rows = pl.read_parquet(folder / "rollouts.parquet")
-    rows.with_columns(pl.lit(None, pl.Float64).alias("score_random")).write_parquet(folder / "rollouts.parquet")
-    spoil(folder, "steps.jsonl", lambda t: t.replace('"withheld": 0.1, ', ""))
+    folder = write_run(tmp_path, run, PLANTS["weak"][1])
+    rows = [json.loads(line) for line in (folder / "eval_problems.jsonl").read_text().splitlines()]
+    write_lines(folder / "eval_problems.jsonl", [{k: v for k, v in row.items() if k != "kind"} for row in rows])
     found = summaries.summarise(study("s", [run]), tmp_path)
     assert not found.missing
-    assert set(found.tables["detector"]["score"]) == {"own"}
-    rows.drop("flagged").write_parquet(folder / "rollouts.parquet")
-    assert "flagged" in summaries.summarise(study("s", [run]), tmp_path).missing[run.name]
-    assert found.tables["steps"]["withheld"].null_count() == 60
-    assert "| none" in tables.render([Analysis(found)])
+    assert found.tables["detector"].is_empty()
+    assert Analysis(found).kinds == {}
+    assert "| none" in results_docs.section(Analysis(found), (tables.deployed,))
 
 
 def test_a_seed_twice_is_refused(tmp_path):
@@ -240,32 +390,13 @@ def test_a_seed_twice_is_refused(tmp_path):
         write_run(tmp_path, each, PLANTS["none"][1])
     found = summaries.summarise(study("s", jobs), tmp_path)
     with pytest.raises(UserError, match="two runs of 'none' have seed 41"):
-        tables.render([Analysis(found)])
-
-
-def test_quoted_numbers_are_checked(headline, world):
-    known = tables.quoted_numbers(headline)
-    value = known["headline/drop/deploy_hack"]
-    good = f"It hacks {value:.2f} <!-- results: headline/drop/deploy_hack --> of the time."
-    assert tables.wrong(good, known) == []
-    assert tables.wrong(f"{100 * value:.0f} % <!-- results: headline/drop/deploy_hack -->", known) == []
-    assert "which is" in tables.wrong("0.55 <!-- results: headline/drop/deploy_hack -->", known)[0]
-    assert "no stored summary" in tables.wrong("0.55 <!-- results: headline/drop/nothing -->", known)[0]
-    assert "no number" in tables.wrong("text <!-- results: headline/drop/deploy_hack -->", known)[0]
-    assert tables.wrong("`0.1 <!-- results: a/b/c -->` is how", known) == []
-    assert known["headline/drop/cut_hack"] == pytest.approx(0.70, abs=0.06)
-    assert known["headline/base/deploy_solve"] == pytest.approx(0.30, abs=0.04)
-    page = world.root / "other.md"
-    page.write_text("0.99 <!-- results: headline/drop/deploy_hack -->")
-    found = tables.bad_quotes([headline], [page])
-    assert len(found) == 1
-    assert "other.md: 0.99 quotes headline/drop/deploy_hack, which is" in found[0]
+        results_docs.section(Analysis(found))
 
 
 def test_studies_of_a_stored_summary_keep_their_text(world):
     text = json.loads((world.docs / "results" / "headline" / "study.json").read_text())
     assert text["H"] == "the planted effects are there"
-    assert text["n_jobs"] == 45
+    assert text["n_jobs"] == len(PLANTS) * len(SEEDS)
     assert text["missing"] == {}
 
 

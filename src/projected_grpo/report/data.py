@@ -1,4 +1,4 @@
-"""Rollouts -> what the report's browser reads: columns with their repeated strings written once, gzipped."""
+"""Run folders, or a stored summary, -> a report's ``Material``; and its rollouts as the browser reads them."""
 
 import base64
 import gzip
@@ -19,6 +19,8 @@ from projected_grpo.studies import summaries
 from projected_grpo.studies.analysis import Analysis
 from projected_grpo.studies.run import STUDIES, Job, Study
 from projected_grpo.studies.summaries import Row, Unusable
+
+# --- rollouts for the browser: columns with their repeated strings written once, gzipped -----------------------------
 
 DIGITS = 3
 
@@ -92,6 +94,8 @@ def packed(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
+
+# --- material -------------------------------------------------------------------------------------------------------
 
 MOST = 24_000
 """Rollouts in a report of several runs."""

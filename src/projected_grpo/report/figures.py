@@ -1,12 +1,12 @@
 """A study's figures, from its analysis: what the report shows and what papers take (``just figures STUDY``).
 
-    python -m projected_grpo.report.figures STUDY [STUDY ...] [--store=docs/results] [--to=docs/figures]
-
 A ``Figure`` is a row of panels; a panel draws itself on a matplotlib Axes. Colours are Okabe & Ito's, and two of
 Tol's muted ones, which colour-blind readers tell apart; on paper the dashes and markers tell them apart too.
 """
 
-import os
+import io
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +18,11 @@ import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.report import panels
-from projected_grpo.report import panels as looks
-from projected_grpo.report import panels as panels_deployed
 from projected_grpo.studies import summaries
 from projected_grpo.studies.analysis import METRICS, WINDOW, Analysis
 from projected_grpo.studies.stats import MARGIN
@@ -36,6 +35,8 @@ WIDTH, HEIGHT = 350, 236
 BIG = 1.6, 1.2
 """How much wider and higher a big panel is where there is room; its text is as large as that of the others."""
 PAPER = 0.72
+COLOURS = 64
+"""Of a PNG: a third of the size of one in full colour, and no difference to see."""
 CHARACTERS = 52
 """Of a legend, in a panel's width."""
 RC = {
@@ -78,12 +79,12 @@ def seeds_of(a: Analysis) -> str:
 
 def label_legend(a: Analysis) -> tuple[tuple[str, dict[str, Any]], ...]:
     """Each family's line."""
-    return tuple((family.name, family.style.line) for family in looks.families(a))
+    return tuple((family.name, family.style.line) for family in panels.families(a))
 
 
 def greyed(a: Analysis) -> str:
     """What grey means, where it means something."""
-    return " Controls are grey." if looks.greys_controls(a) else ""
+    return " Controls are grey." if panels.greys_controls(a) else ""
 
 
 def smoothed(a: Analysis, bands: bool = True) -> str:
@@ -96,22 +97,34 @@ def smoothed(a: Analysis, bands: bool = True) -> str:
 
 
 def story(a: Analysis) -> Figure | None:
-    """Deployed hack against deployed solve."""
+    """Deployed hack against gain kept."""
     if not any(a.deployed(name, "hack") for name in a.labels):
         return None
+    gain = panels.keeps(a)
+    missing = [name for name, label in a.labels.items() if gain and not a.gains(label)[0]]
+    told = (
+        "Gain kept: solve over the untrained base's, as a share of what honest (paid for right answers alone) gains. "
+        "Black: the landmarks base, honest and none. Tinted: the aim. Up and left is better."
+        if gain
+        else f"Gain kept is undefined here, so that solve stands in its place; grey band: solve within "
+        f"{100 * MARGIN:.0f} points of none's mean. Up and left is better."
+    )
     caption = (
         f"Held-out problems, quarantine ablated. Small: a seed ({seeds_of(a)}); large: their mean, with its 95 % t "
-        f"interval over seeds. Grey band: solve within {100 * MARGIN:.0f} points of none's mean. Down and right is "
-        f"better.{greyed(a)}"
-    )
-    panel = Panel("", lambda ax: panels_deployed.pareto(ax, a), height=320, big=True)
-    return Figure("story", "Hack against solve", caption, (panel,))
+        f"interval over seeds. {told}{greyed(a)}"
+    ) + (f" Not drawn, gain kept being undefined: {', '.join(missing)}." if missing else "")
+    panel = Panel("", lambda ax: panels.plane(ax, a), height=320, big=True)
+    return Figure("story", f"Hack against {'gain kept' if gain else 'solve'}", caption, (panel,))
 
 
 def curves(a: Analysis) -> Figure:
     """Hack, attempt and solve, a panel a label."""
     drawn = tuple(Panel(name, lambda ax, name=name: panels.rates(ax, a, name)) for name in a.labels)
-    grey = " Dotted grey: hack under none." if len(a.labels) > 1 and looks.none_label(a) else ""
+    lines = (
+        ("Dotted grey: hack under none.", panels.none_label(a)),
+        ("Dashed: solve under honest.", panels.honest_label(a)),
+    )
+    grey = "".join(f" {told}" for told, name in lines if name and len(a.labels) > 1)
     legend = tuple((m, dict(color=c, linestyle=d)) for m, (c, d) in panels.METRIC_STYLE.items())
     return Figure("curves", "Training", f"{smoothed(a)} Quarantine kept.{grey}", drawn, legend)
 
@@ -132,7 +145,7 @@ def deployed(a: Analysis) -> Figure | None:
     if not any(a.deployed(name, "hack") for name in a.labels):
         return None
     height = 70 + 24 * (len(a.labels) + 1)
-    drawn = tuple(Panel(m, lambda ax, m=m: panels_deployed.dots(ax, a, m), height=height) for m in METRICS)
+    drawn = tuple(Panel(m, lambda ax, m=m: panels.dots(ax, a, m), height=height) for m in METRICS)
     caption = (
         f"Held-out problems, quarantine ablated. Dots: {seeds_of(a)}; bar: mean and its 95 % t interval over seeds. "
         "Base: the untrained model. Dotted: mean of none."
@@ -192,7 +205,7 @@ def quarantine(a: Analysis) -> Figure | None:
     names = [name for name in a.labels if len(a.kept(name)) > 2]
     if not names:
         return None
-    drawn = tuple(Panel(name, lambda ax, name=name: panels_deployed.scaled(ax, a, name)) for name in names)
+    drawn = tuple(Panel(name, lambda ax, name=name: panels.scaled(ax, a, name)) for name in names)
     legend = tuple((m, dict(color=c, linestyle=d)) for m, (c, d) in panels.METRIC_STYLE.items() if m != "attempt")
     caption = (
         f"Held-out problems with δS_hack scaled: 0 is deployed, 1 as trained. Dots: {seeds_of(a)}; line: their mean."
@@ -218,7 +231,7 @@ def look(scale: float = 1.0) -> Iterator[None]:
 
 
 def paper(figure: Figure, study: str, to: Path) -> list[Path]:
-    """Write a figure as PNG and SVG with its caption in a text file beside them; the files."""
+    """Write a figure as PNG (COLOURS of them) and SVG with its caption in a text file beside them; the files."""
     n, across = len(figure.panels), min(3, len(figure.panels))
     down = -(-n // across)
     wider, higher = BIG if figure.panels[0].big else (1, 1)
@@ -238,26 +251,39 @@ def paper(figure: Figure, study: str, to: Path) -> list[Path]:
             handles = [Line2D([], [], label=name, **style) for name, style in figure.legend]
             drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
         to.mkdir(parents=True, exist_ok=True)
-        paths = [to / f"{study}-{figure.name}.{kind}" for kind in ("png", "svg", "txt")]
-        for path in paths[:2]:
-            part = path.with_name(path.name + ".part")
-            with plt.rc_context({"svg.hashsalt": path.stem}):
-                metadata = {"Date": None} if path.suffix == ".svg" else None
-                drawn.savefig(part, format=path.suffix[1:], dpi=160, metadata=metadata)
-            os.replace(part, path)
+        png, svg, caption = paths = [to / f"{study}-{figure.name}.{kind}" for kind in ("png", "svg", "txt")]
+        with plt.rc_context({"svg.hashsalt": svg.stem}):
+            drawn.savefig(svg, format="svg", metadata={"Date": None})
+        pixels = io.BytesIO()
+        drawn.savefig(pixels, format="png", dpi=160)
+        Image.open(pixels).convert("RGB").quantize(
+            COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE
+        ).save(png, optimize=True)
         plt.close(drawn)
-    paths[2].write_text(f"{figure.title}, study {study}. {figure.caption}\n")
+    caption.write_text(f"{figure.title}, study {study}. {figure.caption}\n")
     return paths
 
 
-def main(names: tyro.conf.Positional[tuple[str, ...]], store: str = "docs/results", to: str = "docs/figures") -> None:
-    """Draw the stored summaries of the named studies for papers."""
+def cited(root: Path) -> set[str]:
+    """Names of the figures that README.md and docs/ show."""
+    pages = (p.read_text() for p in (root / "README.md", *(root / "docs").rglob("*.md")) if p.exists())
+    return {name for page in pages for name in re.findall(r"figures/([\w.-]+\.png)", page)}
+
+
+def main(names: tyro.conf.Positional[tuple[str, ...]], root: str = ".", outputs: str = "outputs") -> None:
+    """Draw the named studies' stored summaries into outputs/figures; PNGs that a page cites go to docs/figures too."""
     if not names:
         raise UserError("name a study: `just figures headline`")
+    shown = cited(Path(root))
     for name in names:
-        a = Analysis(summaries.load(Path(store) / name))
+        a = Analysis(summaries.load(Path(root) / "docs" / "results" / name))
         for figure in figures_of(a):
-            print(*paper(figure, name, Path(to)))
+            png, *_ = paths = paper(figure, name, Path(outputs) / "figures")
+            if png.name in shown:
+                paths.append(Path(root) / "docs" / "figures" / png.name)
+                paths[-1].parent.mkdir(exist_ok=True)
+                shutil.copyfile(png, paths[-1])
+            print(*paths)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a label looks wherever it stands: its colour, dash and marker, the same in every figure of a study."""
+"""What draws on a matplotlib Axes: how a label looks wherever it stands, curves over training, deployed rates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,14 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from projected_grpo import arms
 from projected_grpo.studies import stats
-from projected_grpo.studies.analysis import WINDOW, Analysis, Label, Seeds
-from projected_grpo.studies.stats import MARGIN, Values
+from projected_grpo.studies.analysis import HONEST, WINDOW, Analysis, Label, Seeds, shared
+from projected_grpo.studies.stats import AIM_GAIN, AIM_HACK, MARGIN, Values
+
+# --- looks: a label's colour, dash and marker, the same in every figure of a study -----------------------------------
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933")
 GREYS = ("#6a6a6a", "#949494", "#b4b4b4")
@@ -54,6 +57,11 @@ def none_label(a: Analysis) -> str | None:
     return next((name for name, label in a.labels.items() if label.arm == "none"), None)
 
 
+def honest_label(a: Analysis) -> str | None:
+    """The first label that is paid for right answers alone."""
+    return next((name for name, label in a.labels.items() if label.arm == HONEST), None)
+
+
 def is_control(label: Label) -> bool:
     """Whether its arm is there to be beaten."""
     return label.arm in arms.ARMS and arms.ARMS[label.arm].is_control
@@ -86,15 +94,16 @@ def greys_controls(a: Analysis) -> bool:
 
 
 def families(a: Analysis) -> list[Family]:
-    """Plain GRPO is black, controls are grey or, where nothing else is there, like the others; those go through the
-    palette, and through dashes when it is used up.
+    """Plain GRPO and honest are black, controls are grey or, where nothing else is there, like the others; those go
+    through the palette, and through dashes when it is used up.
     """
-    none, groups, mixed = none_label(a), grouped(a), greys_controls(a)
+    groups, mixed = grouped(a), greys_controls(a)
+    black = {none_label(a): Style(INK, "-", "o"), honest_label(a): Style(INK, DASHES[1], "*")}
     used: dict[tuple[str, ...], int] = {PALETTE: 0, GREYS: 0}
     out = []
     for labels in groups:
-        if labels[0].name == none:
-            style = Style(INK, "-", "o")
+        if labels[0].name in black:
+            style = black[labels[0].name]
         else:
             colors = GREYS if mixed and is_control(labels[0]) else PALETTE
             i = used[colors]
@@ -110,6 +119,8 @@ def styles(a: Analysis) -> dict[str, Style]:
     found = {label.name: family.style for family in families(a) for label in family.labels}
     return {name: found[name] for name in a.labels}
 
+
+# --- over training --------------------------------------------------------------------------------------------------
 
 FEW = 4
 """Labels of which one panel can show the seed bands."""
@@ -184,10 +195,10 @@ def share_axis(ax: Axes, x: str = "step") -> None:
 
 
 def rates(ax: Axes, a: Analysis, name: str) -> None:
-    """Hack, attempt and solve of a label over training, with none's hack for reference."""
-    none = none_label(a)
-    if none and none != name:
-        curve(ax, a.curves[none, "hack_s"], fill=False, color=GREY, linestyle=DASHES[2], linewidth=1.4)
+    """Hack, attempt and solve of a label over training, with none's hack and honest's solve for reference."""
+    for other, column, dash in ((none_label(a), "hack_s", DASHES[2]), (honest_label(a), "solve_s", DASHES[1])):
+        if other and other != name:
+            curve(ax, a.curves[other, column], fill=False, color=GREY, linestyle=dash, linewidth=1.4)
     ends = {}
     for metric, (color, dash) in METRIC_STYLE.items():
         ends[metric] = curve(ax, a.curves[name, f"{metric}_s"], color=color, linestyle=dash), color
@@ -271,6 +282,20 @@ def overlaps(ax: Axes, a: Analysis) -> None:
     share_axis(ax)
 
 
+def stacked(ax: Axes, rows: Mapping[str, Mapping[str, float]], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Minutes of each label as a bar of its stages."""
+    left = [0.0] * len(rows)
+    for stage, style in styles.items():
+        width = [row.get(stage, 0.0) for row in rows.values()]
+        ax.barh(list(rows), width, left=left, color=style["color"], height=0.62)
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    ax.invert_yaxis()
+    ax.set_xlabel("minutes a run")
+    ax.tick_params(axis="y", length=0)
+
+
+# --- deployed -------------------------------------------------------------------------------------------------------
+
 Bar = tuple[tuple[float, float], tuple[float, float]]
 """The two ends of an interval, in data coordinates."""
 
@@ -319,64 +344,94 @@ an arm has several labels, or where more than NAMED would be left to name. A leg
 """
 
 
-def pareto(ax: Axes, a: Analysis) -> None:
-    """Deployed hack (down is better) against deployed solve (right is better), with the band of matched solve."""
-    none, named = none_label(a), named_beside(a)
-    names, bars, handles, right = [], [], [], 0.28
+def keeps(a: Analysis) -> bool:
+    """Whether gain kept can be drawn: some label has it."""
+    return any(a.gain_kept(label) for label in a.labels.values())
+
+
+def kept_by_seed(a: Analysis, label: Label) -> Seeds:
+    """Each seed's gain over the base as a share of honest's mean gain, so that their mean is ``gain_kept``."""
+    mine, whole = a.gains(label)
+    return {s: gain / float(np.mean(list(whole.values()))) for s, gain in mine.items()}
+
+
+def plane(ax: Axes, a: Analysis) -> None:
+    """Deployed hack across (left is better) against gain kept (up is better); against solve where gain is undefined.
+
+    The landmarks are black: the untrained base at height 0, honest at 1, and none.
+    """
+    gain, named = keeps(a), named_beside(a)
+    names, bars, handles, heights = [], [], [], [0.0, 1.0] if gain else [0.0]
     base = Family("base", (), Style(INK, "-", "X"))
     for family in (*families(a), base):
         style = family.style
-        points = [(f.name, a.deployed(f.name, "solve"), a.deployed(f.name, "hack")) for f in family.labels]
-        for name, solve, hack in points or [("base", a.base("solve"), a.base("hack"))]:
-            both = sorted(solve.keys() & hack.keys())
-            if not both:
+        up = {f.name: kept_by_seed(a, f) if gain else a.deployed(f.name, "solve") for f in family.labels}
+        points = [(name, a.deployed(name, "hack"), y) for name, y in up.items()]
+        ground = dict.fromkeys(a.base("hack"), 0.0) if gain else a.base("solve")
+        for name, hack, high in points or [("base", a.base("hack"), ground)]:
+            x, y = shared(hack, high)
+            if not x:
                 continue
-            x, y = ([values[s] for s in both] for values in (solve, hack))
             bars += cross(ax, x, y, style)
             centre = float(np.mean(x)), float(np.mean(y))
-            ax.plot(*centre, marker=style.marker, color=style.color, markersize=8.5, mew=0.8, mec="white", linestyle="")
-            right = max(right, centre[0])
+            size = 13 if style.marker == "*" else 8.5
+            ax.plot(
+                *centre, marker=style.marker, color=style.color, markersize=size, mew=0.8, mec="white", linestyle=""
+            )
+            heights += y
             if name in named:
                 names.append((name, centre, style.text))
-        if family is not base and named.isdisjoint(label.name for label in family.labels):
+        if family is not base and named.isdisjoint(up) and any(up.values()):
             handles.append(Line2D([], [], linestyle="", marker=style.marker, color=style.color, label=family.name))
-    if none and (matched := spread(a.deployed(none, "solve"))):
-        ax.axvspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#f1f1f1", zorder=0, linewidth=0)
-        left = max(matched.mean - MARGIN, -0.05)
-        ax.annotate(
-            "matched solve", (left, 1.03), xytext=(4, -3), textcoords="offset points", va="top", color="#6a6a6a"
-        )
-    long = len(handles) > LONG
-    ax.set(
-        xlim=(-0.05, right + (0.45 if long else 0.22)),
-        ylim=(-0.05, 1.03),
-        xlabel="solve, deployed",
-        ylabel="hack, deployed",
-    )
+    top = max(heights)
+    ax.set(xlim=(-0.05, 1.03), xlabel="hack, deployed", ylabel="gain kept" if gain else "solve, deployed")
+    ax.set_ylim(min(heights) - 0.08 * (top - min(heights)), top + (0.55 if handles else 0.12) * (top - min(heights)))
+    landmarks(ax, a, gain)
     if handles:
-        columns = dict(ncols=1 + long, columnspacing=0.8, handletextpad=0.2, labelspacing=0.25)
+        columns = dict(ncols=2 + (len(handles) > LONG), columnspacing=0.8, handletextpad=0.2, labelspacing=0.25)
         ax.legend(handles=handles, loc="upper right", frameon=False, **columns)
     place(ax, names, bars)
 
 
+def landmarks(ax: Axes, a: Analysis, gain: bool) -> None:
+    """Where to look: the levels of base and honest and the aim's corner; without gain kept, solve matched to none's."""
+    none, base = none_label(a), a.base("hack")
+    soft = dict(textcoords="offset points", color="#6a6a6a")
+    told = dict(xycoords=("axes fraction", "data"), ha="right", **soft)
+    if gain:
+        ax.add_patch(
+            Rectangle(
+                (-1, AIM_GAIN), 1 + float(np.mean(list(base.values()))) + AIM_HACK, 99, color="#e6f1ea", lw=0, zorder=0
+            )
+        )
+        ax.annotate("the aim", (0, 1), xycoords="axes fraction", xytext=(4, -3), va="top", **soft)
+        for height, name in ((0, "as if untrained"), (1, "as if without a loophole")):
+            ax.axhline(height, color=GREY, linewidth=0.9, linestyle=DASHES[2], zorder=0)
+            ax.annotate(name, (1, height), xytext=(0, 3), **told)
+    elif none and (matched := spread(a.deployed(none, "solve"))):
+        ax.axhspan(matched.mean - MARGIN, matched.mean + MARGIN, color="#f1f1f1", zorder=0, linewidth=0)
+        ax.annotate("matched solve", (1, matched.mean + MARGIN), xytext=(0, -12), **told)
+
+
 def named_beside(a: Analysis) -> set[str]:
     """Names that stand beside their points."""
+    marks = {"base", *filter(None, (none_label(a), honest_label(a)))}
     if len(a.labels) <= FEW_SEEDS:
-        return {*a.labels, "base"}
+        return {*a.labels, *marks}
     methods = [f.name for f in families(a) if not is_control(f.labels[0])]
     folds = any(len(f.labels) > 1 for f in families(a))
-    return {"base"} if folds or len(methods) > NAMED else {*methods, "base"}
+    return marks if folds or len(methods) > NAMED else {*methods, *marks}
 
 
 def cross(ax: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> list[Bar]:
-    """Several seeds as small marks with the intervals of their mean; the horizontal interval's ends, for ``place``."""
+    """Several seeds as small marks with the intervals of their mean, whose ends are for ``place``."""
     if len(x) < 2:
         return []
     ax.plot(x, y, linestyle="", marker=style.marker, color=style.color, markersize=3.6, alpha=0.4, mew=0)
     mx, my = stats.mean_interval(x), stats.mean_interval(y)
     ax.plot([mx.lo, mx.hi], [my.mean] * 2, color=style.color, linewidth=1, alpha=0.8)
     ax.plot([mx.mean] * 2, [my.lo, my.hi], color=style.color, linewidth=1, alpha=0.8)
-    return [((mx.lo, my.mean), (mx.hi, my.mean))]
+    return [((mx.lo, my.mean), (mx.hi, my.mean)), ((mx.mean, my.lo), (mx.mean, my.hi))]
 
 
 OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
@@ -396,8 +451,8 @@ def place(
     frame, at = ax.get_window_extent(), [ax.transData.transform(p) for _, p, _ in names]
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     for ends in bars:
-        (x0, y0), (x1, _) = ax.transData.transform(ends)
-        taken.append((x0, y0 - 2, x1, y0 + 2))
+        (x0, y0), (x1, y1) = ax.transData.transform(ends)
+        taken.append((x0 - 2, y0 - 2, x1 + 2, y1 + 2))
     for (name, point, color), (x, y) in zip(names, at, strict=True):
         width = 0.58 * size * len(name)
 

@@ -1,4 +1,6 @@
-"""A stored summary -> the numbers of a report: levels by label and seed, and differences to a reference label."""
+"""A stored summary -> the numbers of a report: levels by label and seed, differences to a reference label, and how much
+of what honest training gains a label keeps.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from projected_grpo import arms
 from projected_grpo.config import UserError
 from projected_grpo.evals import LAST
 from projected_grpo.studies import stats
-from projected_grpo.studies.stats import H1, Equivalence, Interval, Permutation, Values, h1_verdict
+from projected_grpo.studies.stats import H1, Aim, Equivalence, Interval, Permutation, Values, aim_verdict, h1_verdict
 from projected_grpo.studies.summaries import PROBE, Summary
 
 Seeds = dict[int, float]
@@ -19,6 +21,10 @@ Seeds = dict[int, float]
 METRICS = ("hack", "attempt", "solve")
 ONSET_LEVEL, WINDOW = 0.5, 5
 """Onset: where the attempts' mean over WINDOW steps first passes ONSET_LEVEL."""
+HONEST, LEARNABLE = "honest", "learnable"
+"""The arm that is paid for right answers alone; the kind of problem that such pay teaches."""
+WORLD = ("--steps", "--model", "--problems", "--preset")
+"""Flags that change what there is to gain: gain kept is read against an honest run that has the same ones."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,24 @@ class Label:
     @property
     def shown(self) -> str:
         """Its name as printed: an arm that reads gt_correct is marked wherever it stands."""
-        return f"{self.name} **ORACLE**" if self.oracle else self.name
+        return f"{self.name} (ORACLE)" if self.oracle else self.name
+
+    @property
+    def world(self) -> frozenset[str]:
+        """Its flags that change what there is to gain."""
+        return frozenset(flag for flag in self.overrides if flag.startswith(WORLD))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """label − reference: seed-paired intervals, sign flips within pairs, splits of all runs of both, and TOST."""
+    """label − reference: seed-paired intervals, Welch's of all runs, sign flips within pairs, splits of all runs, and
+    TOST.
+    """
 
     reference: str
     t: Interval
     boot: Interval
+    welch: Interval
     flip: Permutation
     split: Permutation
     tost: Equivalence
@@ -115,10 +129,10 @@ class Analysis:
 
     @cached_property
     def rates(self) -> dict[tuple[str, str, str, str, str], Seeds]:
-        """(label, "first" | "last", knobs, mode, metric) -> deploy-eval rate by seed."""
+        """(label, "first" | "last", knobs, mode, metric) -> deploy-eval rate by seed. first: of the untrained model."""
         out: dict[tuple[str, str, str, str, str], Seeds] = {}
         evals = self.joined("evals")
-        for when, step in (("first", pl.col("step").min()), ("last", pl.col("step").max())):
+        for when, step in (("first", pl.lit(0)), ("last", pl.col("step").max())):
             for r in evals.filter(pl.col("step") == step.over("run")).iter_rows(named=True):
                 key = (r["label"], when, r["knobs"], r["mode"], r["metric"])
                 out.setdefault(key, {})[r["seed"]] = r["rate"]
@@ -147,11 +161,20 @@ class Analysis:
         return {s: float(np.nanmean(c[-LAST:])) for s, c in self.curves.get((label, column), {}).items()}
 
     def level(self, label: str, measure: str) -> Seeds:
-        """hack, attempt, solve: end of training; deploy_…: last deploy eval; base_…: the first; …@mode: of one mode."""
+        """hack, attempt, solve: end of training; peak: its highest hack; deploy_…: last deploy eval; base_…: the first,
+        before training; held_…: the last, of modes that V never saw; …@mode: of one mode. The label "base" is the
+        untrained model.
+        """
         name, _, mode = measure.partition("@")
         kind, _, metric = name.rpartition("_")
+        if name == "peak":
+            return self.peak(label)
         if not kind:
             return self.curve_end(label, f"{metric}_s")
+        if label == "base" and label not in self.labels:
+            return self.base(metric, mode or "all")
+        if kind == "held":
+            return self.pooled(label, metric, self.labels[label].heldout) if label in self.labels else {}
         return self.deployed(label, metric, mode or "all", {"base": "first", "deploy": "last"}[kind])
 
     def base(self, metric: str, mode: str = "all") -> Seeds:
@@ -201,6 +224,7 @@ class Analysis:
             reference,
             stats.paired_t(x, y),
             stats.bootstrap(differences),
+            stats.welch(list(a.values()), list(b.values())),
             stats.permutation(x, y, paired=True),
             stats.permutation(list(a.values()), list(b.values()), paired=False),
             stats.tost(np.subtract(x, y)),
@@ -222,6 +246,88 @@ class Analysis:
         """Highest mean over WINDOW steps by seed."""
         return {s: float(stats.rolling(c, WINDOW).max()) for s, c in self.curves.get((label, column), {}).items()}
 
+    # --- gain kept ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def kinds(self) -> dict[tuple[str, str, str], Seeds]:
+        """(label, "first" | "last", kind of problem) -> deployed solve by seed, without the probe; {} if no kinds."""
+        rows = self.joined("problems").filter(
+            (pl.col("knobs") == "deployed") & (pl.col("mode") != PROBE) & pl.col("kind").is_not_null()
+        )
+        out: dict[tuple[str, str, str], Seeds] = {}
+        for when, step in (("first", pl.lit(0)), ("last", pl.col("step").max())):
+            part = rows.filter(pl.col("step") == step.over("run"))
+            counts = part.group_by("label", "seed", "kind", maintain_order=True).agg(pl.col("n", "solve").sum())
+            for label, seed, kind, n, solve in counts.rows():
+                out.setdefault((label, when, kind), {})[seed] = solve / n
+        return out
+
+    def solved(self, label: str, when: str = "last", kind: str | None = None) -> Seeds:
+        """Deployed solve by seed, of all problems or of one kind."""
+        return self.deployed(label, "solve", when=when) if kind is None else self.kinds.get((label, when, kind), {})
+
+    def honest(self, label: Label) -> Label | None:
+        """The honest label that ``label`` is read against: the same flags that change what there is to gain, and of
+        those the one most alike. None when the study has none.
+        """
+        same = [o for o in self.labels.values() if o.arm == HONEST and o.world == label.world]
+        near = lambda o: (len(o.overrides & label.overrides), -len(o.overrides ^ label.overrides))
+        return max(same, key=near, default=None)
+
+    def honest_gain(self, honest: Label, kind: str | None = None) -> Interval | None:
+        """solve of honest − solve of its own untrained base, seed-paired; None without shared seeds."""
+        top, base = shared(self.solved(honest.name, kind=kind), self.solved(honest.name, "first", kind))
+        return stats.paired_t(top, base) if top else None
+
+    def gains(self, label: Label, kind: str | None = None, over: str | None = None) -> tuple[Seeds, Seeds]:
+        """(solve − that of ``over``, or of the untrained base; solve of honest − that of the base), by seed.
+
+        ({}, {}) where honest's own gain is not clear of 0, or where no seed has all of them.
+        """
+        honest = self.honest(label)
+        whole = honest and self.honest_gain(honest, kind)
+        if honest is None or whole is None or not stats.clear_above(whole):
+            return {}, {}
+        base, top = (self.solved(honest.name, when, kind) for when in ("first", "last"))
+        floor, mine = base if over is None else self.solved(over, kind=kind), self.solved(label.name, kind=kind)
+        seeds = sorted(base.keys() & top.keys() & floor.keys() & mine.keys())
+        return {s: mine[s] - floor[s] for s in seeds}, {s: top[s] - base[s] for s in seeds}
+
+    def gain_kept(self, label: Label, kind: str | None = None, over: str | None = None) -> Interval | None:
+        """(solve − base's) / (honest's solve − base's), ratio of means over shared seeds; with ``over`` that label
+        stands in the place of the base above the line. None where it is undefined (``no_gain`` says why).
+        """
+        mine, whole = self.gains(label, kind, over)
+        return stats.ratio(list(mine.values()), list(whole.values())) if mine else None
+
+    def no_gain(self, label: Label, kind: str | None = None) -> str | None:
+        """Why gain kept is undefined for a label, in words; None where it is defined."""
+        if self.gains(label, kind)[0]:
+            return None
+        honest = self.honest(label)
+        if honest is None:
+            return " ".join(("no honest run", *(f"at {flag}" for flag in sorted(label.world))))
+        found = self.honest_gain(honest, kind)
+        if found is None:
+            return f"{honest.name} has no evaluation before and after training"
+        if found.lo is None:
+            return f"{honest.name} has one seed, so its gain has no interval"
+        if stats.clear_above(found):
+            return f"{label.name} and {honest.name} share no seed"
+        return f"{honest.name}'s own gain is not clear of 0: {found}"
+
+    def without_landmarks(self) -> str | None:
+        """What gain kept and the verdicts lack in this study, in one line; None where nothing is missing."""
+        why = dict.fromkeys(told for label in self.labels.values() if (told := self.no_gain(label)))
+        lacks = [f"gain kept is undefined where there is {w}" if w.startswith("no ") else w for w in why]
+        if not self.base("hack"):
+            lacks.append("no evaluation of the untrained base")
+        if not any(label.arm == "none" for label in self.labels.values()):
+            lacks.append("no run of plain GRPO (none), so H1 cannot be asked")
+        return "; ".join(lacks) or None
+
+    # --- verdicts and numbers by name --------------------------------------------------------------------------------
+
     def candidates(self) -> list[tuple[Label, Label]]:
         """Labels that H1 can be asked of (an arm with a random control, no oracle), each with its none label."""
         asked = [x for x in self.labels.values() if control_of(x.arm) and not x.oracle]
@@ -236,3 +342,32 @@ class Analysis:
         control = self.reference(label, control_of(label.arm))
         over = control and self.compare(control.name, label.name, f"{kind}hack")
         return h1_verdict(*([level[s] for s in seeds] for level in levels), over.t if over else None)
+
+    def aim(self, label: Label) -> Aim | None:
+        """The aim's verdict, on held-out problems; None without an evaluation before and after."""
+        hack, base = shared(self.deployed(label.name, "hack"), self.deployed(label.name, "hack", when="first"))
+        if not hack:
+            return None
+        control = self.reference(label, control_of(label.arm))
+        over = self.gain_kept(label, over=control.name) if control else None
+        return aim_verdict(self.gain_kept(label), stats.paired_t(hack, base), over)
+
+    def quantity(self, label: str, measure: str) -> Interval | None:
+        """A number by name, for a document; None where there is none.
+
+        label: one of the study's, or "base", or "A minus B" (paired by seed), or "A against B" (Welch, all runs of
+        both). measure: as ``level`` has it, or gain_kept, or gain_kept@KIND.
+        """
+        one, paired, other = label.partition(" minus ")
+        one, unpaired, other = (one, "", other) if paired else label.partition(" against ")
+        name, _, kind = measure.partition("@")
+        if name == "gain_kept":
+            known = one in self.labels and (not other or other in self.labels) and not unpaired
+            return self.gain_kept(self.labels[one], kind or None, other or None) if known else None
+        a, b = self.level(one, measure), self.level(other, measure) if other else {}
+        if paired:
+            x, y = shared(a, b)
+            return stats.paired_t(x, y) if x else None
+        if unpaired:
+            return stats.welch(list(a.values()), list(b.values())) if a and b else None
+        return stats.mean_interval(list(a.values())) if a else None

@@ -1,7 +1,7 @@
 """``STUDIES``: named sets of (arm, overrides) × seeds with a hypothesis; and what runs them.
 
-    python -m projected_grpo.studies.run NAME [--how=here|pueue|slurm|print] [--parallel=2]
-    python -m projected_grpo.studies.run                        lists the studies and how far each is
+    just study NAME [--how=here|pueue|slurm|print] [--parallel=2]
+    just study                            lists the studies and how far each is
 
 A job is one train command. Its run's folder is named by the command, so the same job in two studies is one run, a
 finished run is kept, and a broken one is gone on with from its checkpoint, or done again where the code has changed.

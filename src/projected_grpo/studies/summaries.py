@@ -1,4 +1,7 @@
-"""A run folder -> its rows of the stored tables (``SCHEMAS``). A run that cannot be used raises ``Unusable``."""
+"""Run folders -> a study's small stored summary, from which every table of the docs is made (``just summaries``).
+
+A run becomes rows of the stored tables (``SCHEMAS``); one that cannot be used raises ``Unusable`` and is named.
+"""
 
 import hashlib
 import json
@@ -24,9 +27,10 @@ PHASES = {"0-19": (0, 20), "20-49": (20, 50), "50 on": (50, 10**9)}
 """Training phases of the detector table: steps from, steps before."""
 PROBE = "gt_only"
 """The capability probe's mode, which no pooled rate includes."""
-CURVES = ("hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout", "cout_update", "removed_frac")
-LATER_CURVES = ("withheld", "caught", "false_alarm", "basis_overlap")
-"""Curves that a run may lack: None there."""
+CURVES = (
+    "hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout", "cout_update", "removed_frac",
+    "withheld", "caught", "false_alarm", "basis_overlap",
+)  # fmt: skip
 NOT_SETTINGS = ("seed", "outputs", "name", "threads", "graders", "checkpoint_every")
 """Config fields that say where and how a run was made, not what it was."""
 
@@ -36,14 +40,15 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "run": S, "label": S, "arm": S, "oracle": pl.Boolean, "seed": I, "overrides": S, "known_modes": S, "modes": S,
         "steps": I, "commit": S, "digest": S, "v_heldout_accuracy": F, "v_pairs": I, "v_axes": I, "minutes": F,
     },
-    "steps": {"run": S, "step": I} | dict.fromkeys(CURVES + LATER_CURVES, F),
+    "steps": {"run": S, "step": I} | dict.fromkeys(CURVES, F),
     "modes": {"run": S, "step": I, "mode": S, "n": I, "hack": I, "attempt": I, "solve": I},
     "evals": {
         "run": S, "step": I, "knobs": S, "mode": S, "metric": S,
         "rate": F, "lo": F, "hi": F, "n_problems": I, "n_samples": I,
     },
     "problems": {
-        "run": S, "step": I, "knobs": S, "mode": S, "problem_id": S, "n": I, "hack": I, "attempt": I, "solve": I,
+        "run": S, "step": I, "knobs": S, "mode": S, "problem_id": S, "kind": S,
+        "n": I, "hack": I, "attempt": I, "solve": I,
     },
     "relearn": {"run": S, "step": I, "hack_s": F, "attempt_s": F, "solve_s": F},
     "detector": {
@@ -79,7 +84,7 @@ def read_run(folder: Path, job: Job) -> tuple[Row, dict[str, list[Row]]]:
         (config["seed"] != job.seed, f"is seed {config['seed']}, not {job.seed}"),
         (len(files["steps"]) != config["rl"]["steps"], f"{len(files['steps'])} of {config['rl']['steps']} steps"),
         (not files["evals"], "no deploy evaluation"),
-        (not files["eval_problems"], "no eval_problems.jsonl: made before it was written"),
+        (not files["eval_problems"], "no eval_problems.jsonl"),
     ]
     for wrong, why in problems:
         if wrong:
@@ -112,11 +117,10 @@ def run_row(meta: Row, steps: Sequence[Row], job: Job) -> Row:
 
 
 def mode_rows(steps: Sequence[Row]) -> list[Row]:
-    """Counts by step and mode; a mode that a count does not name has none of it. No solves in older rows: None."""
+    """Counts by step and mode; a mode that a count does not name has none of it."""
     return [
         {"step": row["step"], "mode": mode, "n": n}
-        | {kind: row[f"{kind}_by_mode"].get(mode, 0) for kind in ("hack", "attempt")}
-        | {"solve": row["solve_by_mode"].get(mode, 0) if "solve_by_mode" in row else None}
+        | {kind: row[f"{kind}_by_mode"].get(mode, 0) for kind in ("hack", "attempt", "solve")}
         for row in steps
         for mode, n in sorted(row["n_by_mode"].items())
     ]
@@ -158,11 +162,12 @@ def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
         steps = files["steps"]
         rows = {
             "runs": [run_row(meta, steps, job)],
-            "steps": [{c: row[c] for c in ("step", *CURVES)} | {c: row.get(c) for c in LATER_CURVES} for row in steps],
+            "steps": [{c: row[c] for c in ("step", *CURVES)} for row in steps],
             "modes": mode_rows(steps),
             "evals": [{c: row[c] for c in SCHEMAS["evals"] if c != "run"} for row in files["evals"]],
             "problems": [
-                {c: row[c] for c in SCHEMAS["problems"] if c != "run"} for row in ends(files["eval_problems"])
+                {"kind": None} | {c: row[c] for c in SCHEMAS["problems"] if c not in ("run", "kind") or c in row}
+                for row in ends(files["eval_problems"])
             ],
             "relearn": [{c: row[c] for c in SCHEMAS["relearn"] if c != "run"} for row in files["relearn"]],
             "detector": detector_rows(folder),
@@ -172,11 +177,13 @@ def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
     except UserError as error:
         raise Unusable(str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")) from None
     except KeyError as error:
-        raise Unusable(f"lacks {error}: made by another version") from None
+        raise Unusable(f"lacks {error}: made by another version, run it again") from None
     except (OSError, ValueError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
         raise Unusable(f"unreadable: {type(error).__name__}") from None
     return {name: [{"run": job.name} | row for row in table] for name, table in rows.items()}
 
+
+# --- a study's summary, stored --------------------------------------------------------------------------------------
 
 Tables = dict[str, pl.DataFrame]
 DIGITS = 4
@@ -234,8 +241,11 @@ def load(folder: Path) -> Summary:
     try:
         text = json.loads((folder / "study.json").read_text())
         tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SCHEMAS}
+        odd = [name for name, table in tables.items() if set(table.columns) != set(SCHEMAS[name])]
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{folder} holds no readable summary ({error}): `just summaries {folder.name}`") from None
+    if odd:
+        raise UserError(f"{folder}: {', '.join(odd)} of another version: `just summaries {folder.name}` makes it anew")
     return Summary(**text, tables=tables)
 
 

@@ -1,0 +1,212 @@
+"""Stored summaries -> the docs (``just results-docs``): docs/results.md, the tables that other pages hold between two
+marker lines, and, whole, outputs/results/STUDY.md. Numbers that stand in prose are checked.
+
+A page's table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; ``quoted.toml`` beside the summaries says
+what NAME shows, and lists the passages of prose that hold numbers:
+
+    [tables.NAME]
+    study = "headline"
+    columns = { "hack ↓" = "deploy_hack", "its random control: hack" = "deploy_hack of random" }
+    rows = { base = "the untrained model", erase = "the hack-ward part of the gradient taken out" }
+
+    [numbers."docs/findings.md"]
+    "cuts hack by 0.62" = "headline/none minus erase/deploy_hack"
+
+A column is a measure of ``Analysis.quantity``; "M of random" takes it of the row's own random control, and "M under
+random" is the control's minus the row's, with its interval; so with coin and none. The decimals of a passage, in order,
+are mean, low end and high end of its number, rounded as they like.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from projected_grpo.command_line import command, run_main
+from projected_grpo.config import UserError
+from projected_grpo.evals import LAST
+from projected_grpo.studies import stats, tables
+from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis
+from projected_grpo.studies.stats import Interval
+from projected_grpo.studies.summaries import stored
+from projected_grpo.studies.tables import Table
+
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w .-]+?) -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
+DECIMAL = re.compile(r"(?<![\w.])[+−-]?\d*\.\d+|(?<![\w.])[+−-]?\d+(?= %)")
+Quoted = Mapping[str, Any]
+REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables.tossed_of}
+
+HOW_TO_READ = f"""A row is a label: one arm at one setting, over n seeds. **hack**: paid without being right;
+**attempt**: the exploit is there, whatever the answer; **solve**: the strict oracle says right. Rates are shares,
+0 to 1. *End of training*: student rollouts, mean of the last {LAST} steps, quarantine kept. *Deployed*: held-out
+problems, quarantine ablated. An interval [a, b] is a 95 % interval over seeds. An arm marked ORACLE reads the oracle's
+verdict: it is a bound, not a method.
+
+**Gain kept**: (solve − the untrained base's) / (honest's solve − the base's), seeds paired, a ratio of means with a
+bootstrap over seeds; honest is the arm that is paid for right answers alone. 1: as if there were no loophole; 0: as if
+untrained; below 0: unlearnt. It is undefined where honest's own gain is not clear of 0."""
+
+ALL_OF_IT = f"""{HOW_TO_READ}
+
+**Onset**: the step at which the mean of attempts over {WINDOW} steps first passes {ONSET_LEVEL}; the median over seeds,
+where runs that never get there count as censored (k/n had one). **IQM**: interquartile mean over seeds.
+
+Differences are paired by seed. *boot*: hierarchical bootstrap, seeds and then problems. *Welch*: unpaired, all runs of
+both labels. *flip*: exact sign-flip test within seed pairs; *split*: exact permutation of all runs of both labels; each
+p with, in brackets, the smallest that so many seeds allow, and after the arrow Holm's correction over the table.
+*TOST*: equivalence within {stats.MARGIN:.2f}; ✓: shown to be equal; ≥: shown not to be lower by more; neither means not
+shown.
+
+**cin null**: what cin would be for random directions. **V accuracy**: share of held-out pairs that V tells apart.
+**withheld**: share of student rollouts whose gradient was kept from δS; **caught** and **false alarm**: shares flagged
+of those that fool their channel and of the others. The detector is judged on student rollouts that have a gradient.
+° marks a mode that V never saw."""
+
+
+# --- whole pages ----------------------------------------------------------------------------------------------------
+
+
+def section(a: Analysis, makers: Iterable[tables.Maker] = tables.TABLES) -> str:
+    """A study's part of a page."""
+    s = a.summary
+    told = f"**H:** {s.H}  \nWhy: {s.why}  \nResolves: {s.resolve}"
+    parts = [f"## {s.name}", told, " ".join(tables.provenance(a)), *map(tables.markdown, tables.tables_of(a, makers))]
+    return "\n\n".join(parts)
+
+
+def results_page(analyses: Sequence[Analysis]) -> str:
+    """docs/results.md: each study's verdicts and its deployed table."""
+    none = "No study is stored yet: run `just study NAME`, then `just summaries`."
+    told = (
+        "Written by `just results-docs` from the summaries in docs/results/, which writes each study's other tables to"
+    )
+    parts = ["# Results", f"{told} outputs/results/.", HOW_TO_READ]
+    return "\n\n".join((*parts, *(section(a, (tables.aim, tables.h1, tables.deployed)) for a in analyses))) + (
+        "\n" if analyses else f"\n\n{none}\n"
+    )
+
+
+def study_page(a: Analysis) -> str:
+    """All of a study's tables."""
+    return "\n\n".join((f"# Study {a.summary.name}", ALL_OF_IT, section(a))) + "\n"
+
+
+# --- tables between markers, and numbers in prose -------------------------------------------------------------------
+
+
+def number(a: Analysis, label: str, asked: str) -> Interval | None:
+    """A column's value for a row: a measure of the label, or of one of its references, or under it (``REFERENCES``)."""
+    measure, how, whose = next((asked.partition(how) for how in (" of ", " under ") if how in asked), (asked, "", ""))
+    if not how:
+        return a.quantity(label, measure)
+    other = REFERENCES[whose](a, a.labels[label]) if label in a.labels else None
+    if other is None:
+        return None
+    return a.quantity(other.name if how == " of " else f"{other.name} minus {label}", measure)
+
+
+def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> Table:
+    """A table of quoted.toml. Raises UserError for one that is not there, or a row without a number."""
+    if name not in asked.get("tables", {}):
+        raise UserError(f"no table {name!r} in quoted.toml, which has {', '.join(asked.get('tables', {})) or 'none'}")
+    spec = asked["tables"][name]
+    if (a := analyses.get(spec["study"])) is None:
+        raise UserError(f"table {name}: no stored summary of the study {spec['study']}")
+    rows = []
+    for label, what in spec["rows"].items():
+        found = [number(a, label, measure) for measure in spec["columns"].values()]
+        if not any(found):
+            raise UserError(f"table {name}: study {spec['study']} has no numbers of {label!r}")
+        shown = a.labels[label].shown if label in a.labels else label
+        cells = (
+            (x if " under " in m else x.mean) if x else None
+            for m, x in zip(spec["columns"].values(), found, strict=True)
+        )
+        rows.append((shown, *cells, what or None))
+    made = tables.made("", ("arm", *spec["columns"], "what it is"), rows)
+    assert made is not None
+    return made
+
+
+def wrong(text: str, value: Interval) -> str | None:
+    """Why a passage's decimals are not the value's mean, low and high end; None when they are."""
+    found = [x.replace("−", "-") for x in DECIMAL.findall(text)]
+    percent = 100 if " %" in text else 1
+    for got, true in zip(found, (value.mean, value.lo, value.hi), strict=False):
+        digits = len(got.partition(".")[2])
+        if true is None or abs(float(got) - percent * true) > 0.5 * 10**-digits + 1e-6:
+            return f"{got} stands for {'nothing' if true is None else f'{percent * true:.{digits + 1}f}'}"
+    return None if found else "holds no number"
+
+
+def wrong_numbers(analyses: Mapping[str, Analysis], asked: Quoted, root: Path) -> list[str]:
+    """Passages of quoted.toml that are not in their page, or whose numbers are not what the summaries have."""
+    out = []
+    for page, passages in asked.get("numbers", {}).items():
+        text = " ".join((root / page).read_text().split())
+        for passage, key in passages.items():
+            study, label, measure = key.split("/")
+            value = number(analyses[study], label, measure) if study in analyses else None
+            why = f"no stored summary has {key}" if value is None else wrong(passage, value)
+            why = why if passage in text else "is not in the page"
+            out += [f"{page}: {passage!r}: {why}"] if why else []
+    return out
+
+
+# --- what `just results-docs` does ----------------------------------------------------------------------------------
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file to a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def pages(root: Path) -> list[Path]:
+    """What is read by people: README.md and docs/."""
+    return sorted(p for p in (root / "README.md", *(root / "docs").rglob("*.md")) if p.exists())
+
+
+def written(root: Path) -> tuple[dict[Path, str], list[str], list[Analysis]]:
+    """Every page as it should be; what is wrong with numbers in prose; and the studies."""
+    store, page = root / "docs" / "results", root / "docs" / "results.md"
+    found = [Analysis(s) for s in stored(store)]
+    analyses = {a.summary.name: a for a in found}
+    listed = store / "quoted.toml"
+    try:
+        asked = tomllib.loads(listed.read_text()) if listed.exists() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{listed}: {error}") from None
+    new = {page: results_page(found)}
+    for path in pages(root):
+        fill = lambda m: m[1] + tables.grid(quoted_table(analyses, m["name"], asked)) + "\n"
+        if path != page:
+            new[path] = MARKED.sub(fill, path.read_text())
+    return new, wrong_numbers(analyses, asked, root), found
+
+
+def problems(root: Path) -> list[str]:
+    """What is not as the stored summaries have it, a line each."""
+    new, numbers, _ = written(root)
+    stale = [path for path, text in new.items() if not path.exists() or path.read_text() != text]
+    return [f"{path} is stale: run `just results-docs`" for path in stale] + numbers
+
+
+def main(root: str = ".", outputs: str = "outputs", check: bool = False) -> None:
+    """Write docs/results.md, the tables of README.md and docs/, and outputs/results/; --check says what is stale."""
+    if not check:
+        new, numbers, found = written(Path(root))
+        for path, text in new.items():
+            replace(path, text)
+        for a in found:
+            replace(Path(outputs) / "results" / f"{a.summary.name}.md", study_page(a))
+    if bad := problems(Path(root)) if check else numbers:
+        raise UserError("; ".join(bad))
+
+
+if __name__ == "__main__":
+    run_main(command(main))
