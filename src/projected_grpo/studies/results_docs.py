@@ -29,9 +29,9 @@ from projected_grpo.config import UserError
 from projected_grpo.evals import LAST
 from projected_grpo.studies import stats, tables
 from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis
+from projected_grpo.studies.run import STUDIES
 from projected_grpo.studies.stats import Interval
 from projected_grpo.studies.summaries import stored
-from projected_grpo.studies.tables import Table
 
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w .-]+?) -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
 DECIMAL = re.compile(r"(?<![\w.])[+−-]?\d*\.\d+|(?<![\w.])[+−-]?\d+(?= %)")
@@ -107,27 +107,27 @@ def number(a: Analysis, label: str, asked: str) -> Interval | None:
     return a.quantity(other.name if how == " of " else f"{other.name} minus {label}", measure)
 
 
-def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> Table:
-    """A table of quoted.toml. Raises UserError for one that is not there, or a row without a number."""
+def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> str:
+    """A table of quoted.toml as Markdown, without the rows that are not run yet; TODO where the study is not.
+
+    Raises UserError for a table that is not listed, and for a row that its study does not have.
+    """
     if name not in asked.get("tables", {}):
         raise UserError(f"no table {name!r} in quoted.toml, which has {', '.join(asked.get('tables', {})) or 'none'}")
     spec = asked["tables"][name]
-    if (a := analyses.get(spec["study"])) is None:
-        raise UserError(f"table {name}: no stored summary of the study {spec['study']}")
-    rows = []
+    study, rows = spec["study"], []
+    if (a := analyses.get(study)) is None:
+        return f"TODO: no runs yet (`just study {study}`, `just summaries {study}`, `just results-docs`)."
+    planned = {job.label for job in STUDIES[study].jobs} if study in STUDIES else set()
     for label, what in spec["rows"].items():
-        found = [number(a, label, measure) for measure in spec["columns"].values()]
-        if not any(found):
-            raise UserError(f"table {name}: study {spec['study']} has no numbers of {label!r}")
-        shown = a.labels[label].shown if label in a.labels else label
-        cells = (
-            (x if " under " in m else x.mean) if x else None
-            for m, x in zip(spec["columns"].values(), found, strict=True)
-        )
-        rows.append((shown, *cells, what or None))
-    made = tables.made("", ("arm", *spec["columns"], "what it is"), rows)
-    assert made is not None
-    return made
+        found = [(measure, number(a, label, measure)) for measure in spec["columns"].values()]
+        if any(x for _, x in found):
+            shown = a.labels[label].shown if label in a.labels else label
+            rows.append((shown, *((x if " under " in m else x.mean) if x else None for m, x in found), what or None))
+        elif label not in planned:
+            raise UserError(f"table {name}: study {study} has no label {label!r}")
+    table = tables.made("", ("arm", *spec["columns"], "what it is"), rows)
+    return tables.grid(table) if table else f"TODO: none of these rows is run yet (`just study {study}`)."
 
 
 def wrong(text: str, value: Interval) -> str | None:
@@ -183,7 +183,7 @@ def written(root: Path) -> tuple[dict[Path, str], list[str], list[Analysis]]:
         raise UserError(f"{listed}: {error}") from None
     new = {page: results_page(found)}
     for path in pages(root):
-        fill = lambda m: m[1] + tables.grid(quoted_table(analyses, m["name"], asked)) + "\n"
+        fill = lambda m: m[1] + quoted_table(analyses, m["name"], asked) + "\n"
         if path != page:
             new[path] = MARKED.sub(fill, path.read_text())
     return new, wrong_numbers(analyses, asked, root), found
