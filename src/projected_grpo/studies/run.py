@@ -191,7 +191,7 @@ def add_to_pueue(study: Study, outputs: Path, parallel: int) -> None:
     for number, words in enumerate(pueue_commands(study, outputs, parallel)):
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode and number:  # the first makes the group, which may be there
-            raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")
+            raise UserError(f"{shlex.join(words)}: {done.stderr.strip()}")
 
 
 def submit(
