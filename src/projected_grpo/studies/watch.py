@@ -31,12 +31,14 @@ def finished_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def span(seconds: float | None) -> str:
-    """ "45 s", "12 min" or "3.4 h"."""
+    """ "45 s", "12 min", "3.4 h" or "9 d"."""
     if seconds is None:
         return "–"
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
 def bar(share: float) -> str:
@@ -45,7 +47,7 @@ def bar(share: float) -> str:
     return "█" * full + "·" * (BAR - full)
 
 
-def short(name: str, most: int = 34) -> str:
+def short(name: str, most: int = 26) -> str:
     """A name, its beginning cut where it is too long: digest and seed stand at the end."""
     return name if len(name) <= most else "…" + name[1 - most :]
 
