@@ -99,6 +99,10 @@ grade FILE *ARGS:
 bench *ARGS:
     {{python}} -m projected_grpo.bench.bench {{ARGS}}
 
+# whether the default numbers of threads and graders are the right ones, idle and beside an endless loop
+bench-threads *ARGS:
+    {{python}} -m projected_grpo.bench.threads {{ARGS}}
+
 # what grading costs: gradings a second, against one process a grade
 bench-grading *ARGS:
     {{python}} -m projected_grpo.bench.grading {{ARGS}}

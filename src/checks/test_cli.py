@@ -16,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
-from projected_grpo import memory, problems
-from projected_grpo.command_line import command, parse, run_main
+from projected_grpo import memory, prepare, problems
+from projected_grpo.command_line import command, parse, run_main, without_colours
 from projected_grpo.config import PRESETS, In, UserError, check_ranges, check_rules, flat_fields, ranges
 from projected_grpo.rewards import EXAMPLES
 from projected_grpo.sandbox.worker import SandboxError
@@ -190,6 +191,40 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(monkeypatch):
         run_main(lambda _: print("‖δS‖ 1"), [])
     monkeypatch.undo()
     assert written.getvalue() == b"??S? 1\n"
+
+
+def test_no_color_is_heeded(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for asked in (True, False):
+        monkeypatch.setenv("NO_COLOR", "1") if asked else monkeypatch.delenv("NO_COLOR")
+        with without_colours():
+            assert os.environ["TERM"] == ("dumb" if asked else "xterm")
+        assert os.environ["TERM"] == "xterm"
+
+
+@pytest.mark.parametrize(
+    ("words", "idle", "size", "threads", "graders"),
+    [
+        ([], 4.0, 1e6, 1, 8),
+        ([], 1.2, 1e9, 1, 2),
+        ([], 2.9, 1e9, 3, 6),
+        ([], 0.1, 1e9, 1, 2),
+        (["--threads=3"], 2.0, 1e9, 3, 4),
+        (["--graders=1"], 2.0, 1e6, 1, 1),
+    ],
+)
+def test_threads_and_graders_follow_the_model_and_what_is_idle(words, idle, size, threads, graders, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(prepare, "idle_cores", lambda: idle)
+    monkeypatch.setattr(memory, "skeleton", lambda cfg: torch.nn.Linear(int(size), 1, bias=False, device="meta"))
+    cfg = prepare.settled(parse(["smoke", *words]))
+    assert (cfg.threads, cfg.graders) == (threads, graders)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert prepare.settled(parse(["smoke"])).threads == torch.get_num_threads()
+
+
+def test_idle_cores_are_counted():
+    assert 0 <= prepare.idle_cores(0.05) <= os.cpu_count()
 
 
 # --- the package ---------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def runs(outputs, stubs) -> Path:
     expected = {"whole": 0, "last": 0} | {where: status for where, _, status in KILLS}
     assert ended == expected, made.stderr[-3000:]
     (outputs / "said").write_text(made.stderr)
+    (outputs / "shown").write_text(made.stdout)
     return outputs / "runs"
 
 
@@ -144,6 +145,16 @@ def test_stopped_runs_say_how_to_go_on_without_a_traceback(runs, outputs):
     line = f"stopped: {runs / 'killed.part'}; go on with it by: killed_runs.py --resume=killed --outputs={outputs}"
     assert said.splitlines().count(line) == 2
     assert "Traceback" not in said
+
+
+def test_the_first_screen_fits_warns_of_nothing_and_says_what_to_type_next(outputs):
+    shown = [line for line in (outputs / "shown").read_text().splitlines() if not line.startswith("{")]
+    said = (outputs / "said").read_text().partition("stopped: ")[0]  # of what was never stopped
+    bars = [line for line in said.splitlines() if "\r" in line or "%|" in line]
+    assert max(len(line) for line in [*shown, *said.splitlines()] if line not in bars) <= 100
+    assert "arning" not in said
+    assert "in another terminal: just watch" in shown
+    assert sum(line.startswith("next  just report ") for line in shown) == 2
 
 
 def test_resume_alone_goes_on_with_the_runs_own_settings(runs, outputs, tmp_path):

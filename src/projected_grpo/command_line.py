@@ -50,12 +50,26 @@ def understood(kind: Any, argv: Sequence[str], **how: Any) -> Any:
     """tyro's reading of the words. What it cannot read is a UserError; --help prints and leaves."""
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), without_colours():
             return tyro.cli(kind, args=list(argv), prog=program(), **how)
     except SystemExit as leaving:
         if not leaving.code:
             raise
         raise UserError(unboxed(said.getvalue())) from None
+
+
+@contextlib.contextmanager
+def without_colours() -> Iterator[None]:
+    """tyro writes plainly to a terminal that is dumb; NO_COLOR (no-color.org) asks for that of any."""
+    if "NO_COLOR" not in os.environ:
+        yield
+        return
+    usual, os.environ["TERM"] = os.environ.get("TERM"), "dumb"
+    try:
+        yield
+    finally:
+        del os.environ["TERM"]
+        os.environ |= {"TERM": usual} if usual is not None else {}
 
 
 def unboxed(box: str) -> str:
@@ -72,6 +86,11 @@ def program() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     named = spec is not None and spec.name.startswith("projected_grpo")
     return f"python -m {spec.name.removesuffix('.__main__')}" if named else Path(sys.argv[0]).name
+
+
+def recipe(words: str) -> str:
+    """What to type for a recipe: in a checkout, `just` and its name."""
+    return f"just {words}" if Path("justfile").is_file() else f"projected-grpo {words}"
 
 
 def parse(argv: Sequence[str], kind: type = Config) -> Any:

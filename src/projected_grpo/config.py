@@ -233,9 +233,9 @@ class Config:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the logged numbers to a tracker's own library, offline; needs the extra `tracking`."""
     threads: Natural = 0
-    """Torch threads; 0 leaves torch's choice. Two runs of one thread each beat one of two."""
+    """Torch threads; 0: 1 for a small model, else as many as cores are idle at the start."""
     graders: Natural = 0
-    """Grading workers; 0 means one a core."""
+    """Grading workers; 0: two for each core that is idle at the start."""
     allow_unsandboxed_grading: bool = False
     """Grade even where this machine offers no sandbox. Model-written code then runs with your rights."""
     model: ModelCfg = field(default_factory=ModelCfg)

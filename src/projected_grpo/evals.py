@@ -11,6 +11,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from projected_grpo.antipasto import Use
+from projected_grpo.command_line import program, recipe
 from projected_grpo.config import Config
 from projected_grpo.data_types import Grade, Task
 from projected_grpo.problems import kind_of
@@ -141,7 +142,8 @@ def bluf(cfg: Config, folder: Path, before: Sequence[EvalRow], after: Sequence[E
             f"  arm {cfg.intervention}  seed {cfg.seed}  {hack.n_samples} samples of {hack.n_problems} problems",
             tabulate(table, headers=headers, floatfmt=".2f"),
             f"run   {folder}",
-            f"argv  {' '.join(sys.argv)}",
+            f"made  {program()} {' '.join(sys.argv[1:])}",
+            f"next  {recipe(f'report {folder}')}",
         )
     )
 

@@ -183,7 +183,7 @@ def plan(cfg: Config, config: Any = None, total: float | None = None) -> Plan:
         Part("weights", weights, "always", "--model"),
         Part("U and Vh", sum((o + i) * r for o, i, r in shapes) * size, "always", "--svd-rank or --layers"),
         Part("W' (merged weights)", sum(o * i for o, i, _ in shapes) * size, "always", "--layers"),
-        Part("δS, δS_hack and AdamW's moments", 8 * knobs * exact, "always", ""),
+        Part("δS, δS_hack, AdamW's moments", 8 * knobs * exact, "always", ""),
         *sampler,
         Part("rows' own gradients", 2 * rows * knobs * exact, "training", "--svd-rank or --layers"),
         Part("activations", activations, "training", "--micro-batch, --max-new or --gradient-checkpointing"),

@@ -1,6 +1,8 @@
 """Everything a run needs before its first step, and every refusal that can be made before its folder exists."""
 
+import os
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout_log, sampling
+from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout_log, sampling, sandbox
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
@@ -97,6 +99,46 @@ def writable(outputs: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {outputs}: {error.strerror}; set --outputs=FOLDER") from None
+
+
+SMALL = 20e6
+"""A model of fewer parameters has matrices too small to be shared: two threads wait for each other."""
+
+
+def idle_cores(seconds: float = 0.2) -> float:
+    """How many of the cores that this process may use were idle over a moment; all of them where /proc does not say."""
+    mine = {f"cpu{i}" for i in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
+
+    def read() -> dict[str, tuple[int, int]]:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        return {w[0]: (int(w[4]) + int(w[5]), sum(map(int, w[1:9]))) for w in lines if w[0] in mine}
+
+    try:
+        before, _, after = read(), time.sleep(seconds), read()
+    except OSError:
+        return float(sandbox.cores())
+    return sum((after[c][0] - before[c][0]) / max(1, after[c][1] - before[c][1]) for c in after)
+
+
+def settled(cfg: Config) -> Config:
+    """cfg with torch's threads and the grading workers chosen where they are left to us, and said.
+
+    One thread for a small model, else one for each idle core; where OMP_NUM_THREADS or a GPU does the work, as torch
+    has it. Two workers for each idle core, so that one runs while another waits for its child.
+    """
+    if cfg.threads and cfg.graders:
+        return cfg
+    free = max(1, round(idle_cores()))
+    size = sum(p.numel() for p in memory.skeleton(cfg).parameters())
+    threads = 1 if size < SMALL else free
+    if "OMP_NUM_THREADS" in os.environ or models.device_of(cfg.model).type == "cuda":
+        threads = torch.get_num_threads()
+    cfg = replace(cfg, threads=cfg.threads or threads, graders=cfg.graders or 2 * free)
+    logger.info(
+        "--threads={} --graders={}: {:.1f} million parameters, {} of {} cores are idle",
+        *(cfg.threads, cfg.graders, size / 1e6, free, sandbox.cores()),
+    )
+    return cfg
 
 
 def fitting(tasks: Sequence[Task], tokenizer: Any, longest: int) -> list[Task]:

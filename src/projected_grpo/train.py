@@ -7,6 +7,7 @@ python -m projected_grpo.train <preset> [--overrides] [--resume=RUN]      --help
 
 import math
 import re
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -23,12 +24,12 @@ from projected_grpo import arms, detectors, evals, loss, prepare, proj, runs
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.arms import Arm
-from projected_grpo.command_line import parse, run_main
+from projected_grpo.command_line import parse, recipe, run_main
 from projected_grpo.config import Config
 from projected_grpo.data_types import Factors, GradedBatch, Projection, RowGrads, Step, Update
 from projected_grpo.evals import EvalRow, bluf, h4_decision
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
-from projected_grpo.prepare import Experiment, refresh_if_due, set_up
+from projected_grpo.prepare import Experiment, refresh_if_due, set_up, settled
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import rollout, seeded, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped, json_lines
@@ -36,7 +37,7 @@ from projected_grpo.runs import RunRecord, Stopped, json_lines
 TABLE_EVERY = 5
 SHOULD = (
     "SHOULD: fmt stays over .9, gn is finite and not 0, flat stays under the prompts a step; under none att and hack "
-    "rise; under erase cout is 0 and cin stands above null."
+    "rise; under erase cin stands above null."
 )
 Optimizers = tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]
 
@@ -360,7 +361,8 @@ def say_beginning(x: Experiment, rec: RunRecord, meta: dict[str, Any]) -> None:
     """What a run is made of, then the head and the legend of its table."""
     logger.info("run {}: {} tasks, {} held out", rec.name, len(x.tasks), len(x.held_out))
     logger.info("V: {n_pairs} pairs; of {n_heldout} held out {heldout_accuracy} point hack-ward", **meta["V"])
-    tqdm.write("\n".join((SHOULD, legend(), table_cells(None))))
+    follow = f"in another terminal: {recipe('watch')}"
+    tqdm.write("\n".join((*textwrap.wrap(SHOULD, 100), legend(), "", follow, "", table_cells(None))))
 
 
 def say_outcome(folder: Path, cfg: Config) -> None:
@@ -376,8 +378,9 @@ def train(cfg: Config) -> Path:
     """One run from config to its finished folder. Raises UserError before a folder exists."""
     runs.require_tracker(cfg.tracker)
     stopped = runs.stopped(cfg)
+    cfg = settled(cfg)
     x = set_up(cfg)
-    with Grader(cfg.graders or None, cfg.allow_unsandboxed_grading) as grader:
+    with Grader(cfg.graders, cfg.allow_unsandboxed_grading) as grader:
         meta = meta_of(x, grader, cfg)
         with RunRecord(cfg, meta, stopped) as rec:
             say_beginning(x, rec, meta)

@@ -261,11 +261,19 @@ def notes(m: Material) -> list[str]:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
+def pointed(head: str) -> str:
+    """A table's head with the way that is better, where it names a rate."""
+    if re.search(r"hack cut|random control by|solve(?! lost)|gain kept|AUROC|accuracy", head):
+        return f"{head} ↑"
+    return f"{head} ↓" if re.search(r"hack|attempt|solve lost", head) else head
+
+
 def rendered(
     title: str, kind: str, found: Iterable[Section], packed: str = "", command: str = "just report", **more: Any
 ) -> str:
     """The page as text. packed: the rollouts as ``data.packed`` has them, or nothing."""
     env = jinja2.Environment(loader=FILES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.filters["pointed"] = pointed
     style, script = (FILES.get_source(env, name)[0] for name in ("style.css", "browser.js"))
     return env.get_template("page.html").render(
         title=title, kind=kind, sections=list(found), packed=packed, command=command, style=style, script=script,

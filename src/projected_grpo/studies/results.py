@@ -58,9 +58,9 @@ def collect(outputs: Path) -> pl.DataFrame:
 
 
 SHOWN = {
-    "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "mix",
+    "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "teacher",
     "hack_s": "hack ↓", "attempt_s": "att ↓", "solve_s": "solve ↑", "cin": "cin", "cin_null": "null",
-    "deploy_hack": "dep hack ↓", "hack_lo": "lo", "hack_hi": "hi", "kept_hack": "kept hack",
+    "deploy_hack": "dep hack ↓", "hack_lo": "lo ↓", "hack_hi": "hi ↓", "kept_hack": "kept hack ↓",
     "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
 }  # fmt: skip
 """Column -> its head in the printed table."""
@@ -92,8 +92,11 @@ def main(outputs: str = "outputs", where: str = "", sort: str = "") -> None:
     table = chosen(collect(Path(outputs)), where, sort)
     rows = table.select(list(SHOWN)).rows()
     print(tabulate(rows, headers=list(SHOWN.values()), floatfmt=".2f", missingval="–"))
-    print(f"\n{len(table)} runs. Training: student rollouts, mean of the last {LAST} steps. dep: held-out problems,")
-    print("quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept. null: cin of a random V.")
+    print(
+        f"\n{len(table)} runs. Shares, 0 to 1; min: minutes. Training: student rollouts, mean of the last {LAST} steps."
+    )
+    print("dep: held-out problems, quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept.")
+    print("teacher: share of a group; cin: hack-ward share of the gradient; null: cin of a random V.")
 
 
 if __name__ == "__main__":

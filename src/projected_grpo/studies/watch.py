@@ -5,6 +5,7 @@ python -m projected_grpo.studies.watch [--outputs=outputs] [--every=10] [--once]
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,7 +22,7 @@ RECENT = 10
 """Steps that a run's pace is the median of."""
 STALLED = 8
 """A run that has been silent for so many steps' time (and over a minute) may have died."""
-BAR = 12
+BAR = 10
 
 
 def finished_lines(path: Path) -> list[dict[str, Any]]:
@@ -107,11 +108,13 @@ def picture(outputs: Path, names: Sequence[str] = (), now: float | None = None) 
         cells = ["–" if x is None else f"{x:.2f}" for x in numbers]
         told = span(s["left"]) if s["status"] == "running" else s["status"]
         rows.append((short(s["run"]), bar(s["done"] / s["total"]), f"{s['done']}/{s['total']}", told, *cells))
-    headers = ("run", "", "step", "left", "hack", "att", "solve", "cin", "‖δS‖")
+    headers = ("run", "", "step", "left", "hack↓", "att↓", "solve↑", "cin", "‖δS‖")
     parts = [time.strftime("%H:%M:%S", time.localtime(now))]
     parts.append(
         tabulate(rows, headers=headers, disable_numparse=True) if rows else f"nothing runs in {outputs / 'runs'}"
     )
+    if rows:
+        parts[-1] += "\nhack, att, solve: shares of rollouts, 0 to 1; cin: share of the gradient; ‖δS‖: a norm"
     if studies := study_rows(outputs, {s["run"]: s for s in states}, names):
         parts.append(tabulate(studies, headers=("study", "", "done", "running", "left"), disable_numparse=True))
     return "\n\n".join(parts)
@@ -123,7 +126,8 @@ def main(
     """Show the running runs and their studies, and the named studies, again every few seconds until interrupted."""
     while True:
         screen = picture(Path(outputs), names)
-        print(screen if once else f"\033[H\033[J{screen}\n\nevery {every:g} s; Ctrl-C ends", flush=True)
+        clear = "\033[H\033[J" if sys.stdout.isatty() else ""
+        print(screen if once else f"{clear}{screen}\n\nevery {every:g} s; Ctrl-C ends", flush=True)
         if once:
             return
         try:
