@@ -26,6 +26,7 @@ MIN_CPU_S = 2.0
 CANONICAL_CPU_S = 60.0
 RELATIVE, ABSOLUTE = 1e-9, 1e-15
 """How far apart two floats may be and still be equal; a problem's own tolerance widens both."""
+EXACT = frozenset({type(None), bool, int, str, bytes})
 
 
 # --- what is run ---------------------------------------------------------------------------------------------------
@@ -73,11 +74,18 @@ def same(value: Any, expected: Any, tolerance: float = 0.0) -> tuple[bool, bool]
     is equal within RELATIVE and ABSOLUTE, or ``tolerance`` where that is more; an int is equal exactly, as Python's ==
     has it, so True equals 1 and 1.0 equals 1; that the types differ is said. NaN equals nothing.
     """
+    kind = type(expected)
+    if kind in EXACT and type(value) is kind:
+        return value == expected, False
     if isinstance(expected, bool | int | float | complex):
         equal = isinstance(value, bool | int | float | complex) and close(value, expected, tolerance)
         return equal, equal and type(value) is not type(expected)
-    if type(value) is not type(expected):
+    if type(value) is not kind:
         return False, False
+    if kind is list and value == expected:
+        kinds = list(map(type, expected))
+        if EXACT.issuperset(kinds) and kinds == list(map(type, value)):
+            return True, False  # most answers: a flat list, compared without a step of Python for each member
     if isinstance(expected, list | tuple):
         inner = zip(value, expected, strict=True) if len(value) == len(expected) else None
     elif isinstance(expected, Built):
