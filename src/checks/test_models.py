@@ -1,7 +1,10 @@
 """Every supported architecture in float32 and bfloat16: identity at zero, sampling, row gradients; loading."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ import torch.nn.functional as F
 from conftest import tiny_model, write_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from projected_grpo import antipasto, loss, models, problems, sampling
+from projected_grpo import antipasto, loss, models, problems, rollout, sampling
+from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
 from projected_grpo.data_types import Sampling
 from projected_grpo.evals import h4_decision
@@ -160,11 +165,18 @@ def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatc
     assert len(written) == len(set(written)) == 4
 
 
+def saved(model: torch.nn.Module, tokenizer, folder: Path) -> ModelCfg:
+    """A folder of the model, its vocabulary brought to the tokenizer's, and of the tokenizer."""
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelCfg(model=str(folder), device="cpu")
+
+
 def test_loads_a_saved_folder_of_each_kind(tmp_path):
     _, tokenizer = models.load(ModelCfg())
     for kind in KINDS:
-        model_of(kind).save_pretrained(tmp_path / kind)
-        tokenizer.save_pretrained(tmp_path / kind)
+        saved(model_of(kind), tokenizer, tmp_path / kind)
         for dtype in ("float32", "bfloat16"):
             model, own = models.load(ModelCfg(model=str(tmp_path / kind), dtype=dtype, device="cpu"))
             assert model.dtype == getattr(torch, dtype)
@@ -189,10 +201,99 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path, monkeypatch):
         models.load(ModelCfg(model=str(tmp_path / "bare")))
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A folder of a tiny model and the organism's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    saved(model_of("llama"), models.read_tokenizer(ModelCfg()), folder)
+    return folder
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def not_a_number(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def fewer_rows(folder: Path) -> None:
+    model_of("llama").save_pretrained(folder)
+
+
+def endless_turns(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    )
+
+
+def no_assistant(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('one user turn alone') }}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut_short, "cannot load model"),
+        (empty, "cannot load model"),
+        (not_a_number, "model.norm.weight .* holds NaN"),
+        (fewer_rows, "has 97 embeddings and its tokenizer 768 ids"),
+        (endless_turns, "no special token behind an assistant's turn"),
+        (no_assistant, "no special token behind an assistant's turn"),
+    ],
+)
+def test_a_damaged_model_is_one_line(damage, says, small, tmp_path):
+    shutil.copytree(small, tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(UserError, match=says) as error:
+        models.load(ModelCfg(model=str(tmp_path / "m"), device="cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_completion_ends_at_the_templates_end_and_at_each_that_is_listed(small, tmp_path):
+    """The tokenizer names the document's end, the template another, and the generation config a third."""
+    shutil.copytree(small, tmp_path / "m")
+    start, end, document = (models.read_tokenizer(ModelCfg()).convert_tokens_to_ids(t) for t in (
+        "<|im_start|>", "<|im_end|>", "<|endoftext|>"))  # fmt: skip
+    for file, change in (
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
+        ("generation_config.json", {"eos_token_id": [end, start]}),
+    ):
+        config = json.loads((tmp_path / "m" / file).read_text())
+        (tmp_path / "m" / file).write_text(json.dumps(config | change))
+    tokenizer = models.load(ModelCfg(model=str(tmp_path / "m"), device="cpu"))[1]
+    assert tokenizer.eos_token_id == end
+    assert set(tokenizer.ends) == {start, end, document}
+    task = problems.tasks_for(parse(["organism"]))[0]
+    asked = []
+
+    def sample(prompts, n, how, generator):
+        asked.append(how)
+        return [[*tokenizer.encode("x = 1", add_special_tokens=False), last] for last in how.eos]
+
+    written = rollout.complete(sample, tokenizer, [task], 3, Config(), torch.Generator())
+    assert {text.strip() for _, text in written} == {"x = 1"}
+    assert [ids[-1] for ids, _ in written] == list(tokenizer.ends)
+    assert (asked[0].eos, asked[0].vocab) == (tokenizer.ends, len(tokenizer))
+
+
+def test_ids_past_the_tokenizers_are_never_sampled():
+    model = model_of("llama")
+    how = Sampling(8, (1,), 0, vocab=20)
+    rows = sampling.sample(model, [[5, 6, 7]], 64, how, torch.Generator().manual_seed(0))
+    assert 10 < max(map(max, rows)) < 20
+    assert max(map(max, sampling.sample(model, [[5]], 64, replace(how, vocab=None), torch.Generator()))) >= 20
+
+
 def test_pad_is_the_end_of_turn_where_a_tokenizer_names_none(tmp_path):
     _, tokenizer = models.load(ModelCfg())
-    tokenizer.save_pretrained(tmp_path / "m")
-    model_of("llama").save_pretrained(tmp_path / "m")
+    saved(model_of("llama"), tokenizer, tmp_path / "m")
     config = json.loads((tmp_path / "m/tokenizer_config.json").read_text())
     (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
     _, own = models.load(ModelCfg(model=str(tmp_path / "m")))

@@ -88,7 +88,8 @@ class Task:
 class Sampling:
     """How completions are sampled: at most ``max_new`` tokens, ended by any id of ``eos``; temperature 0 is greedy.
 
-    pad: an id that fills up rows. top_p: nucleus, 1 keeps everything.
+    pad: an id that fills up rows. top_p: nucleus, 1 keeps everything. vocab: ids from there on, with which a vocabulary
+    is padded, are never sampled.
     """
 
     max_new: int
@@ -96,6 +97,7 @@ class Sampling:
     pad: int
     temperature: float = 1.0
     top_p: float = 1.0
+    vocab: int | None = None
 
 
 @dataclass(frozen=True)

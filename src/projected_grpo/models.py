@@ -6,7 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+from loguru import logger
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
@@ -75,8 +78,8 @@ def read(what: Any, cfg: ModelCfg, **settings: Any) -> Any:
     source = source_of(cfg.model)
     try:
         return what.from_pretrained(source.name, **source.keywords, **settings)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"cannot load model {cfg.model!r}: {reason}; give a local folder or log in to the hub"
         ) from error
@@ -87,27 +90,65 @@ def read_config(cfg: ModelCfg) -> Any:
     return read(AutoConfig, cfg)
 
 
+TURN = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "The answer is 7."}]
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an assistant's turn; None where it puts none there."""
+    try:
+        text = tokenizer.apply_chat_template(TURN, tokenize=False)
+    except jinja2.TemplateError:
+        return None
+    _, said, tail = text.rpartition(TURN[-1]["content"])
+    ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False) if said else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in special else None
+
+
 def read_tokenizer(cfg: ModelCfg) -> Any:
     """The tokenizer, with a pad token (the end of text where it names none).
 
-    eos is what ends an assistant's turn: for the chat families here their tokenizers name it so (<|im_end|>), not the
-    document's end. Raises UserError when there is no chat template or no such token.
+    Its eos is what ends an assistant's turn by the chat template (<|im_end|>), which is not always what the tokenizer
+    names so (the document's end). Raises UserError when there is no chat template, or when it does not tell.
     """
     tokenizer = read(AutoTokenizer, cfg)
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {cfg.model!r} has no chat template: use the instruction-tuned model")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {cfg.model!r} names no end-of-turn token (eos_token)")
+    end, named = end_of_turn(tokenizer), tokenizer.eos_token_id
+    if end is None:
+        raise UserError(
+            f"the chat template of {cfg.model!r} puts no special token behind an assistant's turn: a completion would "
+            "never end; use a model whose template does"
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.ends = tuple(dict.fromkeys(i for i in (end, named) if i is not None))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def listed(config: Any) -> tuple[int, ...]:
+    """The end tokens that a configuration names: none, one, or a list."""
+    ends = getattr(config, "eos_token_id", None)
+    return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+
+
+def check_weights(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Raises UserError when a weight is no number, or when the tokenizer has ids that the model has no row for."""
+    rows, ids = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if rows < ids:
+        raise UserError(f"the model {name!r} has {rows} embeddings and its tokenizer {ids} ids: they are no pair")
+    for where, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"the weight {where} of {name!r} holds NaN or infinity: the file is damaged")
 
 
 def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     """The model in evaluation mode on its device, frozen, and its tokenizer with a pad token.
 
     A GGUF file's weights come out as plain floats; what is left of its quantizer is dropped, or saving fails.
-    Raises UserError when the folder is missing or the hub id cannot be had.
+    The tokenizer's ``ends`` are the ids at which a completion ends: the template's, the tokenizer's own and those that
+    the generation config lists. Raises UserError when the folder is missing or damaged, or the hub id cannot be had.
     """
     device = device_of(cfg)
     transformers_logging.disable_progress_bar()
@@ -121,4 +162,10 @@ def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
         enable = getattr(model, f"{kind}_checkpointing_enable")
         enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model.to(device).eval().requires_grad_(False)
+    check_weights(model, tokenizer, cfg.model)
+    tokenizer.ends = tuple(dict.fromkeys((*tokenizer.ends, *listed(model.generation_config))))
+    logger.info(
+        "completions end at {}", " ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in tokenizer.ends)
+    )
+    return model, tokenizer

@@ -126,6 +126,7 @@ def settled(cfg: Config) -> Config:
     One thread for a small model, else one for each idle core; where OMP_NUM_THREADS or a GPU does the work, as torch
     has it. Two workers for each idle core, so that one runs while another waits for its child.
     """
+    check(cfg)
     if cfg.threads and cfg.graders:
         return cfg
     free = max(1, round(idle_cores()))

@@ -59,11 +59,15 @@ def _epoch(tasks: Sequence[Task], seed: int, epoch: int) -> list[Task]:
 def complete(
     sample: Sampler, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
 ) -> list[tuple[tuple[int, ...], str]]:
-    """n sampled completions of each task as (token ids, text), task by task. Text is without special tokens."""
-    eos, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
-    how = Sampling(cfg.rl.max_new, eos, pad, cfg.rl.temperature, cfg.rl.top_p)
+    """n sampled completions of each task as (token ids, text), task by task. Text is without special tokens and without
+    the end of turn.
+    """
+    how = Sampling(
+        cfg.rl.max_new, tokenizer.ends, tokenizer.pad_token_id, cfg.rl.temperature, cfg.rl.top_p, len(tokenizer)
+    )
     ids = sample([problems.encode_prompt(tokenizer, t) for t in tasks], n, how, generator)
-    return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)]
+    said = [row[:-1] if row and row[-1] in how.eos else row for row in ids]
+    return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True)]
 
 
 def rollout(

@@ -141,7 +141,7 @@ def sample_lot(
     length = torch.full((len(copies),), max_new, device=device)
     live = torch.ones(len(copies), dtype=torch.bool, device=device)
     for t in range(max_new):
-        logits = logits.float()
+        logits = logits[:, : how.vocab].float()
         if how.temperature == 0:
             token = logits.argmax(-1)
         else:
