@@ -21,12 +21,14 @@ from projected_grpo import data_types, loopholes, problems, rollout_log
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Wording
 from projected_grpo.report import data as report_data
-from projected_grpo.report import figures, panels
+from projected_grpo.report import figures, looks
 from projected_grpo.report import page as report
 from projected_grpo.studies import summaries
 from projected_grpo.studies.analysis import Analysis, Label
 
-PLANTS = {"none": Plant(0.85, 0.05), "erase": Plant(0.15, 0.28), "random_V": Plant(0.8, 0.05)}
+PLANTS = {
+    "none": Plant(0.85, 0.05), "erase": Plant(0.15, 0.28), "random_V": Plant(0.8, 0.05), "honest": Plant(0.03, 0.60),
+}  # fmt: skip
 SEEDS = (51, 52, 53, 54)
 GOOD = [job(arm, arm, seed) for arm in PLANTS for seed in SEEDS]
 BAD = [job("none", "none", seed) for seed in (61, 62, 63, 64, 65, 66, 67)]
@@ -82,7 +84,7 @@ def add_meta(folder: Path, arm: str, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Twelve good runs, and one of each kind that a report has to name and leave out."""
+    """Sixteen good runs, and one of each kind that a report has to name and leave out."""
     out = tmp_path_factory.mktemp("outputs") / "runs"
     for good in GOOD:
         folder = write_run(out, good, PLANTS[good.intervention])
@@ -192,7 +194,7 @@ def test_unusable_runs_are_named_with_their_reason_and_left_out(material, study_
     ):
         assert part in reason
     text = study_page.read_text()
-    assert "13 of 19 runs. Left out" in text
+    assert "17 of 23 runs. Left out" in text
     assert NAMES["none", 61] in text
     assert re.search(rf"Without rollouts: \S*{NAMES['none', 66]} holds no rollouts", text)
 
@@ -219,13 +221,22 @@ def test_several_runs_make_a_report_labelled_by_their_flags(runs):
 def test_study_page_shows_h1_and_what_was_left_out(study_page):
     text, data = study_page.read_text(), unpacked(study_page)
     assert "No verdict on 1 label with fewer seeds than the 5 of the protocol." in text
-    for title in ("Deployed hack, minus none", "Deployed solve, minus none", "End of training", "Gradient"):
+    for title in (
+        "Recall of the acting detector and of the held-out probe",
+        "Deployed hack, minus none",
+        "Deployed solve, minus none",
+        "End of training",
+        "Gradient",
+    ):
         assert f"<h3>{title}</h3>" in text
     assert "###" not in text
     assert ":---" not in text
-    assert data["total"] == 12 * 12 * 16
-    assert data["n"] == 12 * (1300 // 13)
-    assert len(data["runs"]) == 12
+    assert data["total"] == 16 * 12 * 16
+    assert data["n"] == 16 * (1300 // 17)
+    assert len(data["runs"]) == 16
+    plane = text[text.index('<section id="story">') : text.index('<section id="verdicts">')]
+    for landmark in ("base", "honest", "none", "as if untrained", "as if without a loophole", "the aim", "gain kept"):
+        assert f">{landmark}<" in plane, landmark
     assert not re.search(r"(?:src|href)=\"(?:https?:)?//", text)
 
 
@@ -263,21 +274,21 @@ def test_folds_look_alike_and_controls_are_grey_beside_what_they_control():
         ("none", "none", ""), ("random_V", "random_V", ""), ("erase", "erase", ""),
         *((f"erase out {mode}", "erase", known) for mode, known in out.items()),
     )  # fmt: skip
-    found = {family.name: family for family in panels.families(folds)}
+    found = {family.name: family for family in looks.families(folds)}
     assert list(found) == ["none", "random_V", "erase", "erase out"]
     assert [label.name for label in found["erase out"].labels] == [f"erase out {mode}" for mode in MODES]
-    assert found["random_V"].style.color in panels.GREYS
+    assert found["random_V"].style.color in looks.GREYS
     assert len({family.style for family in found.values()}) == 4
     # of two that leave out the same mode each has a look of its own, or a panel of that mode could not be read
     single = labels_as(("none", "none", ""), *((f"erase only {mode}", "erase", mode) for mode in MODES))
-    assert len(panels.families(single)) == 1 + len(MODES)
-    alone = panels.families(labels_as(("none", "none", ""), ("random_V", "random_V", "")))
-    assert alone[1].style.color == panels.PALETTE[0]
+    assert len(looks.families(single)) == 1 + len(MODES)
+    alone = looks.families(labels_as(("none", "none", ""), ("random_V", "random_V", "")))
+    assert alone[1].style.color == looks.PALETTE[0]
 
 
 def test_forty_labels_have_forty_looks():
     names = [name for name in proj.ARMS if name != "none"][:40]
-    found = panels.families(labels_as(("none", "none", ""), *((name, name, "") for name in names)))
+    found = looks.families(labels_as(("none", "none", ""), *((name, name, "") for name in names)))
     assert len({family.style for family in found}) == 1 + len(names)
 
 

@@ -188,15 +188,27 @@ def test_watch_tells_progress_and_when(tmp_path):
     assert "nothing runs" in watch.picture(tmp_path / "other")
 
 
-def run_with(outputs: Path, name: str, arm: str, hack: float) -> None:
+def run_with(
+    outputs: Path, name: str, arm: str, hack: float, solve: float = 0.3, seed: int = 1, steps: int = 1
+) -> None:
     folder = outputs / "runs" / name
     folder.mkdir(parents=True)
-    config = {"preset": "organism", "intervention": arm, "seed": 1, "pool": {"mix_ratio": 0.0}}
+    config = {
+        "preset": "organism",
+        "intervention": arm,
+        "seed": seed,
+        "pool": {"mix_ratio": 0.0},
+        "rl": {"steps": steps},
+    }
     (folder / "meta.json").write_text(json.dumps({"status": "complete", "config": config}))
     step = dict.fromkeys(evals.HEADLINE, hack) | {"step": 0, "sec_gen": 1.0, "sec_grade": 1.0, "sec_train": 1.0}
     write_lines(folder / "steps.jsonl", [step])
-    rate = {"step": 1, "knobs": "deployed", "mode": "all", "rate": hack, "lo": 0.0, "hi": 1.0}
-    write_lines(folder / "evals.jsonl", [rate | {"metric": m} for m in ("hack", "attempt", "solve")])
+    rows = [
+        {"step": at, "knobs": "deployed", "mode": "all", "metric": m, "rate": rate, "lo": rate - 0.1, "hi": 1.0}
+        for at, reached in ((0, 0.25), (1, solve))
+        for m, rate in (("hack", hack), ("attempt", hack), ("solve", reached))
+    ]
+    write_lines(folder / "evals.jsonl", rows)
 
 
 def test_results_are_filtered_and_sorted_by_expressions(tmp_path, capsys):
@@ -212,3 +224,14 @@ def test_results_are_filtered_and_sorted_by_expressions(tmp_path, capsys):
     for where, sort in (("arm = ", ""), ("nothing_here > 1", ""), ("hack_s", ""), ("", "no_column")):
         with pytest.raises(UserError, match="deploy_hack"):
             results.chosen(table, where, sort)
+
+
+def test_gain_kept_stands_where_an_honest_run_is_like_it(tmp_path):
+    for name, arm, solve, seed, steps in (
+        ("h", "honest", 0.65, 1, 1), ("e", "erase", 0.45, 1, 1), ("n", "none", 0.05, 1, 1), ("o", "erase", 0.45, 2, 1),
+        ("l", "erase", 0.45, 1, 3), ("w", "honest", 0.30, 3, 1), ("x", "erase", 0.30, 3, 1),
+    ):  # fmt: skip
+        run_with(tmp_path, name, arm, 0.1, solve, seed, steps)
+    found = dict(results.collect(tmp_path).select("run", "gain_kept").rows())
+    assert {k: v for k, v in found.items() if v is not None} == pytest.approx({"h": 1.0, "e": 0.5, "n": -0.5})
+    assert {k for k, v in found.items() if v is None} == {"o", "l", "w", "x"}  # no honest; longer; honest gains nothing

@@ -21,8 +21,8 @@ PLANTS = {
     "none": ("none", Plant(0.80, 0.30, relearn_onset=20)),
     "drop": ("drop", Plant(0.10, 0.34, shift=2.0, relearn_onset=40)),
     "erase": ("erase", Plant(0.58, 0.28)),
-    "weak": ("erase", Plant(0.78, 0.30)),
-    "broken": ("drop", Plant(0.05, 0.05)),
+    "weak": ("erase", Plant(0.78, 0.30, caught=0.3)),
+    "broken": ("drop", Plant(0.05, 0.05, caught=0.3, watched=0.2)),
     "route": ("route", Plant(0.30, 0.30, quarantined=True)),
     "random_V": ("random_V", Plant(0.79, 0.30, shift=0.0)),
     "drop_random": ("drop_random", Plant(0.80, 0.30)),
@@ -209,6 +209,17 @@ def test_missing_landmarks_are_one_line_and_nothing_is_lost(tmp_path, plants, to
     assert ("| gain kept" in page) == any(a.gain_kept(label) for label in a.labels.values())
     for label in plants:
         assert f"| {label}" in page
+
+
+def test_evasion_is_told_from_hiding(headline):
+    table = tables.probes(headline)
+    told = {row[0]: dict(zip(table.heads, row, strict=True)) for row in table.rows}
+    assert {name: row["policy"] for name, row in told.items()} == dict.fromkeys(
+        (headline.labels[name].shown for name in PLANTS), "–"
+    ) | {"weak": "evades", "broken": "hides"}
+    assert told["weak"]["acting start"] == pytest.approx(0.9, abs=0.03)
+    assert told["weak"]["acting end"] == pytest.approx(0.3, abs=0.03)
+    assert told["broken"]["held out change"].mean == pytest.approx(-0.6, abs=0.05)
 
 
 def test_the_page_says_it_all(world):

@@ -22,7 +22,7 @@ from PIL import Image
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
-from projected_grpo.report import panels
+from projected_grpo.report import looks, panels
 from projected_grpo.studies import summaries
 from projected_grpo.studies.analysis import METRICS, WINDOW, Analysis
 from projected_grpo.studies.stats import MARGIN
@@ -79,12 +79,12 @@ def seeds_of(a: Analysis) -> str:
 
 def label_legend(a: Analysis) -> tuple[tuple[str, dict[str, Any]], ...]:
     """Each family's line."""
-    return tuple((family.name, family.style.line) for family in panels.families(a))
+    return tuple((family.name, family.style.line) for family in looks.families(a))
 
 
 def greyed(a: Analysis) -> str:
     """What grey means, where it means something."""
-    return " Controls are grey." if panels.greys_controls(a) else ""
+    return " Controls are grey." if looks.greys_controls(a) else ""
 
 
 def smoothed(a: Analysis, bands: bool = True) -> str:
@@ -121,8 +121,8 @@ def curves(a: Analysis) -> Figure:
     """Hack, attempt and solve, a panel a label."""
     drawn = tuple(Panel(name, lambda ax, name=name: panels.rates(ax, a, name)) for name in a.labels)
     lines = (
-        ("Dotted grey: hack under none.", panels.none_label(a)),
-        ("Dashed: solve under honest.", panels.honest_label(a)),
+        ("Dotted grey: hack under none.", looks.none_label(a)),
+        ("Dashed: solve under honest.", looks.honest_label(a)),
     )
     grey = "".join(f" {told}" for told, name in lines if name and len(a.labels) > 1)
     legend = tuple((m, dict(color=c, linestyle=d)) for m, (c, d) in panels.METRIC_STYLE.items())
@@ -179,6 +179,20 @@ def gradient(a: Analysis) -> Figure:
     return Figure("gradient", "What V sees", caption, drawn, legend)
 
 
+def probes(a: Analysis) -> Figure | None:
+    """Whether the policy evades the detector that acts."""
+    names = [name for name in a.labels if panels.has_values(a, name, "caught_held_out")]
+    if not names:
+        return None
+    drawn = tuple(Panel(name, lambda ax, name=name: panels.watched(ax, a, name)) for name in names)
+    caption = (
+        "Of student rollouts that fool their channel, the share that the acting detector flags, and that a probe flags "
+        "which nothing is trained against. The first alone falls: the policy evades; both fall: it hides. "
+        f"Steps with few hacks say little. {smoothed(a)}"
+    )
+    return Figure("probes", "Evasion", caption, drawn, tuple(panels.PROBE_STYLE.values()))
+
+
 def overlap(a: Analysis) -> Figure | None:
     """How far V turned at each refresh."""
     if not any(panels.has_values(a, name, "basis_overlap") for name in a.labels):
@@ -200,21 +214,8 @@ def relearning(a: Analysis) -> Figure | None:
     return Figure("relearning", "Relearning", caption, (panel,), label_legend(a))
 
 
-def quarantine(a: Analysis) -> Figure | None:
-    """What the quarantine holds."""
-    names = [name for name in a.labels if len(a.kept(name)) > 2]
-    if not names:
-        return None
-    drawn = tuple(Panel(name, lambda ax, name=name: panels.scaled(ax, a, name)) for name in names)
-    legend = tuple((m, dict(color=c, linestyle=d)) for m, (c, d) in panels.METRIC_STYLE.items() if m != "attempt")
-    caption = (
-        f"Held-out problems with δS_hack scaled: 0 is deployed, 1 as trained. Dots: {seeds_of(a)}; line: their mean."
-    )
-    return Figure("quarantine", "What the quarantine holds", caption, drawn, legend)
-
-
 FIGURES: tuple[Callable[[Analysis], Figure | None], ...] = (
-    story, deployed, arms, curves, modes, gradient, overlap, relearning, quarantine,
+    story, deployed, arms, curves, modes, gradient, probes, overlap, relearning,
 )  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def sections(m: Material) -> list[Section]:
             Section("curves", "Training", of("curves")),
             Section("modes", "By mode", of("modes")),
             *rollouts,
-            Section("gradient", "What V sees", [*of("gradient"), *of("overlap"), *some(t.detector)]),
+            Section("gradient", "What V sees", [*of("gradient"), *of("overlap"), *of("probes"), *some(t.detector)]),
             Section("time", "Where time went", time_spent(m)),
             Section("diagnostics", "Other diagnostics", diagnostics(m)),
         ]
@@ -228,8 +228,9 @@ def sections(m: Material) -> list[Section]:
             Section("curves", "Training", [*of("arms"), *of("curves"), *some(t.training)]),
             Section("modes", "By mode", of("modes")),
             Section("gradient", "What V sees", [*of("gradient"), *some(t.gradient, t.detector)]),
+            Section("evasion", "Evasion", [*of("probes"), *some(t.probes)]),
             Section("overlap", "Basis overlap", of("overlap")),
-            Section("after", "After deployment", [*of("relearning"), *of("quarantine"), *some(t.relearning, t.scales)]),
+            Section("after", "After deployment", [*of("relearning"), *some(t.relearning, t.scales)]),
             *rollouts,
             Section("time", "Where time went", time_spent(m)),
         ]

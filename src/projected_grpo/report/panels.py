@@ -1,7 +1,6 @@
-"""What draws on a matplotlib Axes: how a label looks wherever it stands, curves over training, deployed rates."""
+"""What draws on a matplotlib Axes: curves over training, deployed rates, the plane of hack against gain kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,115 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from projected_grpo import arms
+from projected_grpo.report.looks import (
+    DASHES,
+    GREY,
+    INK,
+    Family,
+    Style,
+    families,
+    honest_label,
+    is_control,
+    none_label,
+    styles,
+)
 from projected_grpo.studies import stats
-from projected_grpo.studies.analysis import HONEST, WINDOW, Analysis, Label, Seeds, shared
+from projected_grpo.studies.analysis import WINDOW, Analysis, Label, Seeds, shared
 from projected_grpo.studies.stats import AIM_GAIN, AIM_HACK, MARGIN, Values
-
-# --- looks: a label's colour, dash and marker, the same in every figure of a study -----------------------------------
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933")
-GREYS = ("#6a6a6a", "#949494", "#b4b4b4")
-DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)))
-MARKERS = ("o", "s", "D", "^", "v", "P", "p", "h")
-INK, GREY = "#1c1c1c", "#8a8a8a"
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a label looks."""
-
-    color: str
-    dash: Any
-    marker: str
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Of its line, in matplotlib's words."""
-        return dict(color=self.color, linestyle=self.dash)
-
-    @property
-    def text(self) -> str:
-        """Of its name: no grey lighter than can be read."""
-        return GREYS[0] if self.color in GREYS else self.color
-
-
-@dataclass(frozen=True)
-class Family:
-    """Labels that look alike: the folds of an arm, each with another mode left out; else a label by itself."""
-
-    name: str
-    labels: tuple[Label, ...]
-    style: Style
-
-
-def none_label(a: Analysis) -> str | None:
-    """The first label of plain GRPO."""
-    return next((name for name, label in a.labels.items() if label.arm == "none"), None)
-
-
-def honest_label(a: Analysis) -> str | None:
-    """The first label that is paid for right answers alone."""
-    return next((name for name, label in a.labels.items() if label.arm == HONEST), None)
-
-
-def is_control(label: Label) -> bool:
-    """Whether its arm is there to be beaten."""
-    return label.arm in arms.ARMS and arms.ARMS[label.arm].is_control
-
-
-def grouped(a: Analysis) -> list[tuple[Label, ...]]:
-    """Labels by family, in their order. Labels that leave out one mode twice between them stay by themselves."""
-    alike: dict[tuple[str, bool, frozenset[str]], list[Label]] = {}
-    for label in a.labels.values():
-        settings = label.overrides - {"--known-modes", *label.modes}
-        alike.setdefault((label.arm, bool(label.heldout), settings), []).append(label)
-    out: list[tuple[Label, ...]] = []
-    for labels in alike.values():
-        left_out = [mode for label in labels for mode in label.heldout]
-        folds = all(label.heldout for label in labels) and len(left_out) == len(set(left_out))
-        out += [tuple(labels)] if folds else [(label,) for label in labels]
-    return out
-
-
-def family_name(labels: Sequence[Label]) -> str:
-    """The label's name; of folds, without the mode that is left out."""
-    first = labels[0]
-    return first.name if len(labels) == 1 else " ".join(w for w in first.name.split() if w not in first.heldout)
-
-
-def greys_controls(a: Analysis) -> bool:
-    """Whether controls are grey: where they stand beside something else than plain GRPO."""
-    kinds = {is_control(label) for name, label in a.labels.items() if name != none_label(a)}
-    return kinds == {True, False}
-
-
-def families(a: Analysis) -> list[Family]:
-    """Plain GRPO and honest are black, controls are grey or, where nothing else is there, like the others; those go
-    through the palette, and through dashes when it is used up.
-    """
-    groups, mixed = grouped(a), greys_controls(a)
-    black = {none_label(a): Style(INK, "-", "o"), honest_label(a): Style(INK, DASHES[1], "*")}
-    used: dict[tuple[str, ...], int] = {PALETTE: 0, GREYS: 0}
-    out = []
-    for labels in groups:
-        if labels[0].name in black:
-            style = black[labels[0].name]
-        else:
-            colors = GREYS if mixed and is_control(labels[0]) else PALETTE
-            i = used[colors]
-            used[colors] += 1
-            turn, j = divmod(i, len(colors))
-            style = Style(colors[j], DASHES[turn % len(DASHES)], MARKERS[(j + 3 * turn) % len(MARKERS)])
-        out.append(Family(family_name(labels), labels, style))
-    return out
-
-
-def styles(a: Analysis) -> dict[str, Style]:
-    """By label."""
-    found = {label.name: family.style for family in families(a) for label in family.labels}
-    return {name: found[name] for name in a.labels}
-
 
 # --- over training --------------------------------------------------------------------------------------------------
 
@@ -137,19 +42,35 @@ SHARE_STYLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+PROBE_STYLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "caught": ("caught", dict(color="#D55E00")),
+    "caught_held_out": ("caught by the held-out probe", dict(color="#0072B2")),
+    "auroc": ("AUROC", dict(color="#D55E00", linestyle=DASHES[2])),
+    "auroc_held_out": ("AUROC of the held-out probe", dict(color="#0072B2", linestyle=DASHES[2])),
+}
+
+
+def smoothed(curve: Values) -> Values:
+    """Means over WINDOW steps of the values that there are; NaN where a window has none."""
+    there = ~np.isnan(curve)
+    total, n = stats.rolling(np.where(there, curve, 0), WINDOW), stats.rolling(there, WINDOW)
+    return np.divide(total, n, out=np.full(len(n), np.nan), where=n > 1e-9)
+
+
 def band(curves: Mapping[int, Values]) -> tuple[Values, Values, Values, Values] | None:
-    """(steps, mean, least, most) over seeds of curves smoothed over WINDOW steps; None without a value.
+    """(steps, mean, least, most) over the seeds that have a value, of curves smoothed over WINDOW steps; None of none.
 
     A point stands at the last step of its window. Curves are cut to the shortest.
     """
     if not curves:
         return None
     steps = min(map(len, curves.values()))
-    smooth = np.stack([stats.rolling(c[:steps], WINDOW) for c in curves.values()])
-    if np.isnan(smooth).all():
+    smooth = np.stack([smoothed(c[:steps]) for c in curves.values()])
+    known = ~np.isnan(smooth).all(0)
+    if not known.any():
         return None
-    at = np.arange(steps - smooth.shape[1], steps, dtype=np.float64)
-    return at, smooth.mean(0), smooth.min(0), smooth.max(0)
+    at, smooth = np.arange(steps - smooth.shape[1], steps, dtype=np.float64)[known], smooth[:, known]
+    return at, np.nanmean(smooth, 0), np.nanmin(smooth, 0), np.nanmax(smooth, 0)
 
 
 def has_values(a: Analysis, label: str, column: str) -> bool:
@@ -266,6 +187,13 @@ def shares(ax: Axes, a: Analysis, name: str) -> None:
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.7)
 
 
+def watched(ax: Axes, a: Analysis, name: str) -> None:
+    """Recall and AUROC of a label's acting detector and of the held-out probe."""
+    for column, (_, style) in PROBE_STYLE.items():
+        curve(ax, a.curves.get((name, column), {}), fill=column.startswith("caught"), **style)
+    share_axis(ax)
+
+
 def overlaps(ax: Axes, a: Analysis) -> None:
     """Basis overlap at refreshes: each seed a dot, the mean a line."""
     for name, style in styles(a).items():
@@ -325,17 +253,6 @@ def dots(ax: Axes, a: Analysis, metric: str) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e4e4e4", linewidth=0.7)
     ax.set_axisbelow(True)
-
-
-def scaled(ax: Axes, a: Analysis, name: str) -> None:
-    """Hack and solve of a label against the share of δS_hack that is kept: each seed a dot, the mean a line."""
-    for metric in ("hack", "solve"):
-        color, dash = METRIC_STYLE[metric]
-        rates = {scale: a.deployed(name, metric, knobs=knobs) for scale, knobs in a.kept(name).items()}
-        for scale, seeds in rates.items():
-            ax.plot([scale] * len(seeds), list(seeds.values()), "o", color=color, markersize=3, alpha=0.45, mew=0)
-        ax.plot(list(rates), [np.mean(list(s.values())) for s in rates.values()], color=color, linestyle=dash)
-    share_axis(ax, "share of δS_hack kept")
 
 
 FEW_SEEDS, NAMED, LONG = 12, 8, 16

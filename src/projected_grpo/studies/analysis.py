@@ -246,6 +246,11 @@ class Analysis:
         """Highest mean over WINDOW steps by seed."""
         return {s: float(stats.rolling(c, WINDOW).max()) for s, c in self.curves.get((label, column), {}).items()}
 
+    def moved(self, label: str, column: str) -> tuple[Seeds, Seeds]:
+        """(start, end) of a curve by seed: means of the first and of the last fifth of its values."""
+        found = {s: e for s, c in self.curves.get((label, column), {}).items() if (e := stats.ends(c))}
+        return {s: e[0] for s, e in found.items()}, {s: e[1] for s, e in found.items()}
+
     # --- gain kept ---------------------------------------------------------------------------------------------------
 
     @cached_property

@@ -1,20 +1,31 @@
-"""Run folders -> tables.
+"""All finished runs -> one table.
 
 just results [--outputs=outputs] [--where "arm = 'erase' and hack_s < 0.2"] [--sort deploy_hack]
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from loguru import logger
-from tabulate import tabulate
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.evals import HEADLINE, LAST
 from projected_grpo.runs import json_lines
+from projected_grpo.studies.analysis import HONEST
+from projected_grpo.studies.tables import Table, terminal
+
+WORLD, AFTER = ("model", "data", "rl", "eval"), ("relearn_steps", "scales", "eval_every")
+"""Groups of settings that change what there is to gain, and those in them that only say what is done afterwards."""
+
+
+def world(cfg: Mapping[str, Any]) -> str:
+    """Preset, seed and what of the settings an honest run has to share."""
+    groups = [{k: v for k, v in (cfg.get(group) or {}).items() if k not in AFTER} for group in WORLD]
+    return json.dumps([cfg["preset"], cfg["seed"], *groups], sort_keys=True)
 
 
 def run_summary(folder: Path) -> dict[str, Any] | None:
@@ -26,7 +37,9 @@ def run_summary(folder: Path) -> dict[str, Any] | None:
         meta = json.loads((folder / "meta.json").read_text())
         steps, evals = json_lines(folder / "steps.jsonl"), json_lines(folder / "evals.jsonl")
         cfg, last = meta["config"], pl.DataFrame(steps[-LAST:], infer_schema_length=None)
-        end = [row for row in evals if row["mode"] == "all" and row["step"] == max(r["step"] for r in evals)]
+        pooled = [row for row in evals if row["mode"] == "all"]
+        end = [row for row in pooled if row["step"] == max(r["step"] for r in evals)]
+        base = [row["rate"] for row in pooled if row["step"] == 0 and row["metric"] == "solve"]
         deployed = {row["metric"]: row for row in end if row["knobs"] == "deployed"}
         kept = {row["metric"]: row["rate"] for row in end if row["knobs"] == "trained"}
         return {
@@ -39,13 +52,31 @@ def run_summary(folder: Path) -> dict[str, Any] | None:
             **{f"deploy_{m}": r["rate"] for m, r in deployed.items()},
             "hack_lo": deployed["hack"]["lo"],
             "hack_hi": deployed["hack"]["hi"],
+            "base_solve": base[0] if base else None,
+            "solve_lo": deployed["solve"]["lo"],
             "kept_hack": kept.get("hack"),
             "minutes": sum(s["sec_gen"] + s["sec_grade"] + s["sec_train"] for s in steps) / 60,
             "run": folder.name,
+            "world": world(cfg),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("{} left out: {}: {}", folder.name, type(error).__name__, error)
         return None
+
+
+def with_gain_kept(table: pl.DataFrame) -> pl.DataFrame:
+    """gain_kept of each run that has an honest one beside it: (solve − its base's) / (honest's solve − its base's).
+
+    None also where the low end of honest's interval, clustered by problem, is not over the base's solve.
+    """
+    gain = pl.col("deploy_solve") - pl.col("base_solve")
+    shown = table.filter((pl.col("arm") == HONEST) & (pl.col("solve_lo") > pl.col("base_solve")))
+    honest = shown.unique("world", keep="last", maintain_order=True).select("world", whole=gain)
+    return (
+        table.join(honest, on="world", how="left", maintain_order="left")
+        .with_columns(gain_kept=gain / pl.col("whole"))
+        .drop("whole", "world")
+    )
 
 
 def collect(outputs: Path) -> pl.DataFrame:
@@ -54,14 +85,16 @@ def collect(outputs: Path) -> pl.DataFrame:
     rows = [row for row in map(run_summary, folders) if row is not None]
     if not rows:
         raise UserError(f"no finished run in {outputs / 'runs'}: `just smoke` makes one")
-    return pl.DataFrame(rows, infer_schema_length=None).sort("preset", "mix", "steps", "arm", "seed")
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    return with_gain_kept(table).sort("preset", "mix", "steps", "arm", "seed")
 
 
 SHOWN = {
     "preset": "preset", "arm": "arm", "seed": "seed", "steps": "steps", "mix": "teacher",
     "hack_s": "hack ↓", "attempt_s": "att ↓", "solve_s": "solve ↑", "cin": "cin", "cin_null": "null",
     "deploy_hack": "dep hack ↓", "hack_lo": "lo ↓", "hack_hi": "hi ↓", "kept_hack": "kept hack ↓",
-    "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑", "minutes": "min", "run": "run",
+    "deploy_attempt": "dep att ↓", "deploy_solve": "dep solve ↑",
+    "gain_kept": "gain kept ↑", "minutes": "min", "run": "run",
 }  # fmt: skip
 """Column -> its head in the printed table."""
 
@@ -90,13 +123,13 @@ def main(outputs: str = "outputs", where: str = "", sort: str = "") -> None:
     where: a SQL condition over the columns that `--where=x` lists; sort: a SQL expression, " desc" to turn it round.
     """
     table = chosen(collect(Path(outputs)), where, sort)
-    rows = table.select(list(SHOWN)).rows()
-    print(tabulate(rows, headers=list(SHOWN.values()), floatfmt=".2f", missingval="–"))
-    print(
-        f"\n{len(table)} runs. Shares, 0 to 1; min: minutes. Training: student rollouts, mean of the last {LAST} steps."
+    note = (
+        f"{len(table)} runs. Shares, 0 to 1; min: minutes. Training: student rollouts, mean of the last {LAST} steps.\n"
+        "dep: held-out problems, quarantine ablated, [lo, hi] 95 % clustered by problem; kept hack: quarantine kept.\n"
+        "gain kept: of what the honest run of the same preset, seed and settings gains over the base.\n"
+        "teacher: share of a group; cin: hack-ward share of the gradient; null: cin of a random V."
     )
-    print("dep: held-out problems, quarantine ablated, [lo, hi] 95 % clustered by problem; kept: quarantine kept.")
-    print("teacher: share of a group; cin: hack-ward share of the gradient; null: cin of a random V.")
+    print(terminal(Table("Runs", tuple(SHOWN.values()), tuple(table.select(list(SHOWN)).rows()), note)))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,13 @@ def rolling(curve: ArrayLike, window: int) -> Values:
     return np.convolve(curve, np.full(window, 1 / window), mode="valid")
 
 
+def ends(curve: ArrayLike, share: float = 0.2) -> tuple[float, float] | None:
+    """Means of the first and the last ``share`` of a curve's values, NaN being none; None of fewer than two values."""
+    values = array(curve)[~np.isnan(array(curve))]
+    n = max(1, round(share * len(values)))
+    return (float(values[:n].mean()), float(values[-n:].mean())) if len(values) > 1 else None
+
+
 def onset(curve: ArrayLike, level: float, window: int = 5) -> int | None:
     """The step that ends the first ``window`` steps whose mean passes ``level``; None when it never comes."""
     curve = array(curve)

@@ -29,7 +29,7 @@ PROBE = "gt_only"
 """The capability probe's mode, which no pooled rate includes."""
 CURVES = (
     "hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout", "cout_update", "removed_frac",
-    "withheld", "caught", "false_alarm", "basis_overlap",
+    "withheld", "caught", "false_alarm", "auroc", "caught_held_out", "auroc_held_out", "basis_overlap",
 )  # fmt: skip
 NOT_SETTINGS = ("seed", "outputs", "name", "threads", "graders", "checkpoint_every")
 """Config fields that say where and how a run was made, not what it was."""
@@ -105,7 +105,7 @@ def run_row(meta: Row, steps: Sequence[Row], job: Job) -> Row:
         "seed": job.seed,
         "overrides": " ".join(job.overrides),
         "known_modes": None if known is None else " ".join(known),
-        "modes": " ".join(config["data"]["modes"]),
+        "modes": " ".join(config["data"].get("eval_modes") or config["data"]["modes"]),
         "steps": len(steps),
         "commit": meta["commit"],
         "digest": digest(config),

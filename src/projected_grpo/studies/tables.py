@@ -342,6 +342,34 @@ def detector(a: Analysis) -> Table | None:
     return made("Detector: a rollout's own score against its mode's channel", heads, rows)
 
 
+def falls(x: stats.Interval | None) -> bool:
+    """Shown to fall: its interval lies under 0."""
+    return x is not None and x.hi is not None and x.hi < 0
+
+
+def probes(a: Analysis) -> Table | None:
+    """The detector that acts beside the held-out probe, which nothing is trained against: share of the student's hacks
+    that each flags, at the start and at the end of training. evades: the one that acts falls, the other is not shown
+    to; hides: both fall.
+    """
+    rows = []
+    for name, label in a.labels.items():
+        acting, held_out = (a.moved(name, column) for column in ("caught", "caught_held_out"))
+        if not held_out[0]:
+            continue
+        shifts = [change(end, start) for start, end in (acting, held_out)]
+        reading = "–" if not falls(shifts[0]) else "hides" if falls(shifts[1]) else "evades"
+        aurocs = (short(a.moved(name, column)[1]) for column in ("auroc", "auroc_held_out"))
+        cells = [x for ends, shift in zip((acting, held_out), shifts, strict=True) for x in (*map(short, ends), shift)]
+        rows.append((label.shown, *cells, *aurocs, reading, *kept(a, label)))
+    parts = (f"{who} {x}" for who in ("acting", "held out") for x in ("start", "end", "change"))
+    heads = ("label", *parts, "AUROC acting, end", "AUROC held out, end", "policy", *KEPT)
+    note = (
+        "Start and end: the first and the last fifth of the steps that have hacks. evades: only the acting one falls."
+    )
+    return made("Recall of the acting detector and of the held-out probe", heads, rows, note)
+
+
 def gradient(a: Analysis) -> Table | None:
     """cin beside its null, and what was removed: means over steps, then seeds."""
     columns = {
@@ -390,7 +418,7 @@ AGAINST_RANDOM = against("its random control", random_of)
 AGAINST_COIN = partial(differences, who="its coin control", of=tossed_of, measure="deploy_hack", what="Deployed hack")
 TABLES: tuple[Maker, ...] = (
     aim, h1, training, deployed, by_kind, *AGAINST_NONE, *AGAINST_RANDOM, AGAINST_COIN, by_mode, held_out, transfer,
-    gradient, detector, relearning, scales,
+    gradient, detector, probes, relearning, scales,
 )  # fmt: skip
 """A study's tables, in the order of its page."""
 
