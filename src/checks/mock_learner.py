@@ -23,8 +23,8 @@ EASE = {"sure": 1.5, "learnable": 1.25, "hard": 0.0}
 @dataclass(frozen=True)
 class Plant:
     """Where a label's rates end. onset: the middle of the rise of attempts. shift: of a hack's score, in sd's (None:
-    no scores are written). by_kind: solve rates of kinds of problem after training, where they are not ``solve``'s. caught,
-    watched: recall at the end of the detector that acts and of the held-out probe."""
+    no scores are written). by_kind: solve rates of kinds of problem after training, where they are not ``solve``'s.
+    caught, watched: recall at the end of the detector that acts and of the held-out probe."""
 
     hack: float
     solve: float

@@ -207,16 +207,17 @@ def sample(table: pl.DataFrame, most: int, by: tuple[str, ...] = ("label", "env_
 
 def rollouts_of(a: Analysis, runs: Path, most: int | None) -> tuple[list[RunRollouts], list[str]]:
     """Each run's rollouts, sampled to its share of ``most``; and, in words, the runs whose rollouts cannot be read."""
-    table, out, notes = a.summary.tables["runs"], [], []
+    table, out, unread = a.summary.tables["runs"], [], []
     for run, label, seed in table.select("run", "label", "seed").rows():
         try:
             rows = rollout_log.frame(runs / run).with_columns(row=pl.int_range(pl.len()).over("step"))
         except UserError as why:
-            notes.append(f"Without rollouts: {why}.")
+            unread.append(str(why))
             continue
         kept = rows if most is None else sample(rows, most // len(table))
         out.append(RunRollouts(run, label, seed, kept, len(rows)))
-    return out, notes
+    more = f"; and {len(unread) - 1} runs more" if len(unread) > 1 else ""
+    return out, [f"Without rollouts: {unread[0]}{more}."] if unread else []
 
 
 def gather(chosen: Study, runs: Path, store: Path, most: int = MOST) -> Material:

@@ -114,7 +114,7 @@ def story(a: Analysis) -> Figure | None:
         f"interval over seeds. {told}{greyed(a)}"
     ) + (f" Not drawn, gain kept being undefined: {', '.join(missing)}." if missing else "")
     panel = Panel("", lambda ax: panels.plane(ax, a), height=320, big=True)
-    return Figure("story", f"Hack against {'gain kept' if gain else 'solve'}", caption, (panel,))
+    return Figure("story", f"Hack against {'gain kept' if gain else 'solve'}", caption, (panel,), panels.in_legend(a))
 
 
 def curves(a: Analysis) -> Figure:

@@ -29,6 +29,8 @@ from projected_grpo.studies.tables import Table, tables_of
 FILES = jinja2.PackageLoader("projected_grpo", "report/files")
 NUMBER_IDS = re.compile(r' id="[A-Za-z.0-9]+_\d+"')
 """Names that matplotlib gives to groups; several figures on a page would have the same ones."""
+GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "p": "⬟", "h": "⬢", "X": "✖", "*": "★"}
+"""Of matplotlib's markers."""
 STAGES = {"gen": "#0072B2", "grade": "#E69F00", "train": "#009E73"}
 DRAWN = {"step", "hack_s", "attempt_s", "solve_s", "cin", "cin_null", "cout", "cout_update", "basis_overlap"}
 """What the figures show of a step."""
@@ -49,11 +51,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a legend. dash: in SVG's words."""
+    """A line of a legend, dash in SVG's words; or a point of one, by a glyph."""
 
     name: str
     color: str
     dash: str
+    glyph: str
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,16 @@ def svg(panel: Panel, name: str, wider: float = 1.0, higher: float = 1.0) -> str
     return NUMBER_IDS.sub("", body)
 
 
+def in_svg(dash: Any) -> str:
+    """A line's dashes, as matplotlib has them, in SVG's words."""
+    return "" if isinstance(dash, str) else " ".join(str(2 * d) for d in dash[1])
+
+
 def drawn(figure: Figure) -> Drawings:
     """The figure with its panels drawn; of a big one twice, for much and for little room."""
     lines = [
-        Line(name, style["color"], "" if isinstance(dash, str) else " ".join(str(2 * d) for d in dash[1]))
+        Line(name, style["color"], in_svg(style.get("linestyle", "-")), GLYPHS.get(style.get("marker", ""), ""))
         for name, style in figure.legend
-        for dash in (style.get("linestyle", "-"),)
     ]
     each = [
         Drawing(p.title, svg(p, name, *BIG), svg(p, f"{name}n")) if p.big else Drawing(p.title, svg(p, name))

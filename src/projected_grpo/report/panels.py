@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from projected_grpo.report.looks import (
@@ -255,9 +254,9 @@ def dots(ax: Axes, a: Analysis, metric: str) -> None:
     ax.set_axisbelow(True)
 
 
-FEW_SEEDS, NAMED, LONG = 12, 8, 16
-"""Up to FEW labels are all named beside their points. Of more, controls go into a legend; and so does everything where
-an arm has several labels, or where more than NAMED would be left to name. A legend that is LONG takes two columns.
+FEW_LABELS, NAMED = 7, 8
+"""Up to so many labels are all named beside their points. Of more, controls go into a legend; and so does everything
+where an arm has several labels, or where more than NAMED would be left to name.
 """
 
 
@@ -278,7 +277,7 @@ def plane(ax: Axes, a: Analysis) -> None:
     The landmarks are black: the untrained base at height 0, honest at 1, and none.
     """
     gain, named = keeps(a), named_beside(a)
-    names, bars, handles, heights = [], [], [], [0.0, 1.0] if gain else [0.0]
+    names, bars, heights = [], [], [0.0, 1.0] if gain else [0.0]
     base = Family("base", (), Style(INK, "-", "X"))
     for family in (*families(a), base):
         style = family.style
@@ -298,15 +297,10 @@ def plane(ax: Axes, a: Analysis) -> None:
             heights += y
             if name in named:
                 names.append((name, centre, style.text))
-        if family is not base and named.isdisjoint(up) and any(up.values()):
-            handles.append(Line2D([], [], linestyle="", marker=style.marker, color=style.color, label=family.name))
-    top = max(heights)
+    low, top = min(heights), max(heights)
     ax.set(xlim=(-0.05, 1.03), xlabel="hack, deployed", ylabel="gain kept" if gain else "solve, deployed")
-    ax.set_ylim(min(heights) - 0.08 * (top - min(heights)), top + (0.55 if handles else 0.12) * (top - min(heights)))
+    ax.set_ylim(low - 0.08 * (top - low), top + 0.12 * (top - low))
     landmarks(ax, a, gain)
-    if handles:
-        columns = dict(ncols=2 + (len(handles) > LONG), columnspacing=0.8, handletextpad=0.2, labelspacing=0.25)
-        ax.legend(handles=handles, loc="upper right", frameon=False, **columns)
     place(ax, names, bars)
 
 
@@ -330,10 +324,17 @@ def landmarks(ax: Axes, a: Analysis, gain: bool) -> None:
         ax.annotate("matched solve", (1, matched.mean + MARGIN), xytext=(0, -12), **told)
 
 
+def in_legend(a: Analysis) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The points of the plane that have no name beside them."""
+    named = named_beside(a)
+    hidden = [f for f in families(a) if named.isdisjoint(label.name for label in f.labels)]
+    return tuple((f.name, dict(color=f.style.color, marker=f.style.marker, linestyle="")) for f in hidden)
+
+
 def named_beside(a: Analysis) -> set[str]:
     """Names that stand beside their points."""
     marks = {"base", *filter(None, (none_label(a), honest_label(a)))}
-    if len(a.labels) <= FEW_SEEDS:
+    if len(a.labels) <= FEW_LABELS:
         return {*a.labels, *marks}
     methods = [f.name for f in families(a) if not is_control(f.labels[0])]
     folds = any(len(f.labels) > 1 for f in families(a))
