@@ -55,7 +55,7 @@ def as_arm(x: Experiment, cfg: Config, name: str) -> Config:
     x.knobs.load_state({n: torch.zeros_like(t) for n, t in x.knobs.state().items()})
     own = OWN_PAIRS.get(arms.arm(name).basis)
     x.other_pairs = pairs.load(replace(cfg.vhack, pairs=own), None, x.tasks)[:10] if own else None
-    x.directions = directions_for(x.model, x.knobs, x.tokenizer, x.pairs, x.other_pairs, cfg)
+    x.directions = directions_for(x.model, x.knobs, x.tokenizer, x.pairs, x.other_pairs, x.watch_pairs, cfg)
     return cfg
 
 
