@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +205,7 @@ def test_names_that_are_no_report_are_one_line(runs):
         ("nowhere", "neither a run"),
         (NAMES["none", 63], "unfinished"),
         (NAMES["none", 64], "meta.json"),
+        (NAMES["none", 62], "no eval_problems.jsonl"),
     ):
         with pytest.raises(UserError, match=told) as caught:
             report.make((name,), runs.parent, runs.parent / "store", 10)
@@ -284,6 +286,19 @@ def test_folds_look_alike_and_controls_are_grey_beside_what_they_control():
     assert len(looks.families(single)) == 1 + len(MODES)
     alone = looks.families(labels_as(("none", "none", ""), ("random_V", "random_V", "")))
     assert alone[1].style.color == looks.PALETTE[0]
+
+
+def test_landmarks_are_black_and_the_run_without_a_loophole_is_told_from_none():
+    found = labels_as(
+        ("no loophole", "none", ""), ("none", "none", ""), ("honest", "honest", ""), ("erase", "erase", "")
+    )
+    flags = frozenset(("--modes", "gt_only", "--eval-modes", *MODES))
+    found.labels["no loophole"] = replace(found.labels["no loophole"], overrides=flags)
+    assert (looks.none_label(found), looks.no_loophole_label(found)) == ("none", "no loophole")
+    styles = looks.styles(found)
+    black = [styles[name] for name in ("none", "honest", "no loophole")]
+    assert {style.color for style in black} == {looks.INK} != {styles["erase"].color}
+    assert len({style.marker for style in black}) == 3
 
 
 def test_forty_labels_have_forty_looks():

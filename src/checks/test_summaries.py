@@ -387,7 +387,7 @@ def test_a_run_without_scores_or_kinds_is_still_used(tmp_path):
     run = job("none", "none", 41)
     folder = write_run(tmp_path, run, PLANTS["weak"][1])
     rows = [json.loads(line) for line in (folder / "eval_problems.jsonl").read_text().splitlines()]
-    write_lines(folder / "eval_problems.jsonl", [{k: v for k, v in row.items() if k != "kind"} for row in rows])
+    write_lines(folder / "eval_problems.jsonl", [row | {"kind": None} for row in rows])
     found = summaries.summarise(study("s", [run]), tmp_path)
     assert not found.missing
     assert found.tables["detector"].is_empty()

@@ -104,7 +104,7 @@ def story(a: Analysis) -> Figure | None:
     missing = [name for name, label in a.labels.items() if gain and not a.gains(label)[0]]
     told = (
         "Gain kept: solve over the untrained base's, as a share of what honest (paid for right answers alone) gains. "
-        "Black: the landmarks base, honest and none. Tinted: the aim. Up and left is better."
+        "Black: base, honest, none, and none without a loophole if it was run. Tinted: the aim. Up and left is better."
         if gain
         else f"Gain kept is undefined here, so that solve stands in its place; grey band: solve within "
         f"{100 * MARGIN:.0f} points of none's mean. Up and left is better."

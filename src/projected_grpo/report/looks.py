@@ -43,13 +43,18 @@ class Family:
 
 
 def none_label(a: Analysis) -> str | None:
-    """The first label of plain GRPO."""
-    return next((name for name, label in a.labels.items() if label.arm == "none"), None)
+    """The first label of plain GRPO, its loopholes in place."""
+    return next((name for name, x in a.labels.items() if x.arm == "none" and not x.no_loophole), None)
 
 
 def honest_label(a: Analysis) -> str | None:
     """The first label that is paid for right answers alone."""
     return next((name for name, label in a.labels.items() if label.arm == HONEST), None)
+
+
+def no_loophole_label(a: Analysis) -> str | None:
+    """The first label of plain GRPO that trains on prompts without a loophole."""
+    return next((name for name, label in a.labels.items() if label.no_loophole), None)
 
 
 def is_control(label: Label) -> bool:
@@ -84,11 +89,12 @@ def greys_controls(a: Analysis) -> bool:
 
 
 def families(a: Analysis) -> list[Family]:
-    """Plain GRPO and honest are black, controls are grey or, where nothing else is there, like the others; those go
-    through the palette, and through dashes when it is used up.
+    """Landmarks (none, honest, none without a loophole) are black, controls are grey or, where nothing else is there,
+    like the others; those go through the palette, and through dashes when it is used up.
     """
     groups, mixed = grouped(a), greys_controls(a)
-    black = {none_label(a): Style(INK, "-", "o"), honest_label(a): Style(INK, DASHES[1], "*")}
+    marks = {none_label(a): "o", honest_label(a): "*", no_loophole_label(a): "P"}
+    black = {name: Style(INK, dash, mark) for (name, mark), dash in zip(marks.items(), DASHES, strict=False)}
     used: dict[tuple[str, ...], int] = {PALETTE: 0, GREYS: 0}
     out = []
     for labels in groups:

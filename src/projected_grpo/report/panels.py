@@ -17,6 +17,7 @@ from projected_grpo.report.looks import (
     families,
     honest_label,
     is_control,
+    no_loophole_label,
     none_label,
     styles,
 )
@@ -333,7 +334,7 @@ def in_legend(a: Analysis) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 def named_beside(a: Analysis) -> set[str]:
     """Names that stand beside their points."""
-    marks = {"base", *filter(None, (none_label(a), honest_label(a)))}
+    marks = {"base", *filter(None, (none_label(a), honest_label(a), no_loophole_label(a)))}
     if len(a.labels) <= FEW_LABELS:
         return {*a.labels, *marks}
     methods = [f.name for f in families(a) if not is_control(f.labels[0])]

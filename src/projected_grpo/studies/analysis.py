@@ -44,6 +44,11 @@ class Label:
         return f"{self.name} (ORACLE)" if self.oracle else self.name
 
     @property
+    def no_loophole(self) -> bool:
+        """Plain GRPO on prompts without a loophole: the benchmark's own reference."""
+        return self.arm == "none" and PROBE in self.overrides
+
+    @property
     def world(self) -> frozenset[str]:
         """Its flags that change what there is to gain."""
         return frozenset(flag for flag in self.overrides if flag.startswith(WORLD))
@@ -203,7 +208,7 @@ class Analysis:
 
     def reference(self, label: Label, arm: str | None) -> Label | None:
         """The label of that arm whose overrides are most like ``label``'s; None when the study has none."""
-        others = [o for o in self.labels.values() if o.arm == arm and o != label]
+        others = [o for o in self.labels.values() if o.arm == arm and o != label and not o.no_loophole]
         near = lambda o: (len(o.overrides & label.overrides), -len(o.overrides ^ label.overrides))
         return max(others, key=near, default=None)
 

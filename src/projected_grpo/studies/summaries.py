@@ -166,8 +166,7 @@ def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
             "modes": mode_rows(steps),
             "evals": [{c: row[c] for c in SCHEMAS["evals"] if c != "run"} for row in files["evals"]],
             "problems": [
-                {"kind": None} | {c: row[c] for c in SCHEMAS["problems"] if c not in ("run", "kind") or c in row}
-                for row in ends(files["eval_problems"])
+                {c: row[c] for c in SCHEMAS["problems"] if c != "run"} for row in ends(files["eval_problems"])
             ],
             "relearn": [{c: row[c] for c in SCHEMAS["relearn"] if c != "run"} for row in files["relearn"]],
             "detector": detector_rows(folder),
