@@ -27,10 +27,10 @@ def die(number: int = signal.SIGKILL) -> None:
 
 def in_the_first_evaluation() -> None:
     """Ctrl-C before there is a first step."""
-    from projected_grpo import evals
+    from projected_grpo import train
 
-    evaluate = evals.evaluate
-    evals.evaluate = lambda *words: (die(signal.SIGINT), evaluate(*words))[1]
+    evaluate = train.evaluate
+    train.evaluate = lambda *words: (die(signal.SIGINT), evaluate(*words))[1]
 
 
 def after_append(file: str, n: int, number: int = signal.SIGKILL) -> None:

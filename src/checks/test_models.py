@@ -19,9 +19,9 @@ from projected_grpo import antipasto, loss, models, problems, rollout, sampling
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
 from projected_grpo.data_types import Sampling
-from projected_grpo.evals import h4_decision
 from projected_grpo.problems import as_function, function_source, pose_one, tasks_for
 from projected_grpo.rewards import Grader
+from projected_grpo.rollout import h4_decision
 
 KINDS = ("qwen3", "llama", "qwen3_5")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -22,7 +22,7 @@ from projected_grpo import runs as run_record
 from projected_grpo import runs as trackers
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, ModelCfg, UserError
-from projected_grpo.evals import EvalRow
+from projected_grpo.rollout import EvalRow
 from projected_grpo.runs import Checkpoint, json_lines
 from projected_grpo.studies import run
 from projected_grpo.tools import build_pool, export

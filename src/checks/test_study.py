@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from mock_learner import write_lines
 
-from projected_grpo import arms, evals
+from projected_grpo import arms
+from projected_grpo import rollout as evals
 from projected_grpo.command_line import parse
 from projected_grpo.config import UserError
 from projected_grpo.metrics import StepRow, legend, table_cells

@@ -35,7 +35,7 @@ from torch import Tensor
 from projected_grpo import problems, rollout_log
 from projected_grpo.command_line import program, stopped_folder
 from projected_grpo.config import Config, UserError
-from projected_grpo.evals import EvalRow
+from projected_grpo.rollout import EvalRow
 
 # ------------------------------------------------------------------------------------------------------------- files
 

@@ -20,18 +20,17 @@ from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from projected_grpo import arms, detectors, evals, loss, prepare, proj, runs
+from projected_grpo import arms, detectors, loss, prepare, proj, runs
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.arms import Arm
 from projected_grpo.command_line import parse, recipe, run_main
 from projected_grpo.config import Config
 from projected_grpo.data_types import Factors, GradedBatch, Projection, RowGrads, Step, Update
-from projected_grpo.evals import EvalRow, bluf, h4_decision
 from projected_grpo.metrics import StepRow, legend, rollout_rows, step_row, table_cells
 from projected_grpo.prepare import Experiment, refresh_if_due, set_up, settled
 from projected_grpo.rewards import Grader
-from projected_grpo.rollout import rollout, seeded, tasks_of_step
+from projected_grpo.rollout import EvalRow, bluf, evaluate, h4_decision, rollout, seeded, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped, json_lines
 
 TABLE_EVERY = 5
@@ -336,7 +335,7 @@ def deploy_eval(
     x: Experiment, grader: Grader, rec: RunRecord, cfg: Config, step: int, scales: Sequence[float] = ()
 ) -> None:
     """Evaluate on the held-out problems, and write it down."""
-    rows, counts = evals.evaluate(x, x.held_out, grader, cfg, step, scales)
+    rows, counts = evaluate(x, x.held_out, grader, cfg, step, scales)
     rec.append("evals.jsonl", map(asdict, rows))
     rec.append("eval_problems.jsonl", counts)
     rec.tracker.log(step, runs.numbers_of_evals(rows))

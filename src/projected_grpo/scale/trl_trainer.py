@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import PrinterCallback, TrainerCallback
 
-from projected_grpo import arms, evals, prepare, problems, runs
+from projected_grpo import arms, prepare, problems, runs
 from projected_grpo.command_line import extra, parse, run_main
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import GradedBatch, Projection, Rollout, Task, Update
 from projected_grpo.models import device_of
 from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
-from projected_grpo.rollout import collated, tasks_of_step
+from projected_grpo.rollout import collated, evaluate, tasks_of_step
 from projected_grpo.runs import RunRecord, Stopped
 from projected_grpo.scale.ranks import Ranks, on
 from projected_grpo.scale.sharded import merged_parameters, unmerged, unsharded
@@ -327,7 +327,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         if self.rec is not None:
             deploy_eval(x, self.grader, self.rec, self.cfg, step, scales)
         elif self.ranks.sharded:
-            evals.evaluate(x, x.held_out, self.grader, self.cfg, step, scales)
+            evaluate(x, x.held_out, self.grader, self.cfg, step, scales)
         self.accelerator.wait_for_everyone()
 
 

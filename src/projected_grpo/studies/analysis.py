@@ -11,7 +11,7 @@ import polars as pl
 
 from projected_grpo import arms
 from projected_grpo.config import UserError
-from projected_grpo.evals import LAST
+from projected_grpo.rollout import LAST
 from projected_grpo.studies import stats
 from projected_grpo.studies.stats import H1, Aim, Equivalence, Interval, Permutation, Values, aim_verdict, h1_verdict
 from projected_grpo.studies.summaries import PROBE, Summary

@@ -13,7 +13,7 @@ from loguru import logger
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
-from projected_grpo.evals import HEADLINE, LAST
+from projected_grpo.rollout import HEADLINE, LAST
 from projected_grpo.runs import json_lines
 from projected_grpo.studies.analysis import HONEST
 from projected_grpo.studies.tables import Table, terminal

@@ -26,7 +26,7 @@ from typing import Any
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
-from projected_grpo.evals import LAST
+from projected_grpo.rollout import LAST
 from projected_grpo.studies import stats, tables
 from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis
 from projected_grpo.studies.run import STUDIES
