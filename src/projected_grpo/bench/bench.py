@@ -225,7 +225,7 @@ with extra("bench"):
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio of two candidates' times and what issue 4 asks of it: at least or at most."""
+    """A ratio of two candidates' times and its target: at least or at most."""
 
     text: str
     over: str
