@@ -94,6 +94,7 @@ def runs(tmp_path_factory) -> Path:
     half, older, unfinished, meta, cut, _without = (write_run(out, bad, PLANTS["none"]) for bad in BAD[:6])
     text = (half / "steps.jsonl").read_text()
     (half / "steps.jsonl").write_text(text[: len(text) // 2])
+    add_meta(older, "none", 62)
     (older / "eval_problems.jsonl").unlink()
     unfinished.rename(unfinished.with_name(unfinished.name + ".part"))
     (meta / "meta.json").write_text('{"status": "comp')
