@@ -176,9 +176,9 @@ def main(
         regrade: grade again in the sandbox instead of keeping the file's verdicts.
         other_hints: also convert rows whose prompt words the hint otherwise.
     """
-    tokenizer = models.read_tokenizer(ModelCfg(model=model))
     by_id = {p.id: p for p in problems.read_problems(problems_file)}
     rows = read_rows(folder)
+    tokenizer = models.read_tokenizer(ModelCfg(model=model))
     if regrade:
         with Grader() as grader:
             done = convert(rows, by_id, tokenizer, grader, other_hints)
