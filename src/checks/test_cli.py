@@ -193,6 +193,18 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(monkeypatch):
     assert written.getvalue() == b"??S? 1\n"
 
 
+def test_a_reader_that_has_seen_enough_ends_it_quietly(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stop:
+            run_main(lambda _: print("x", flush=True), [])
+        monkeypatch.undo()
+    assert stop.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_no_color_is_heeded(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     for asked in (True, False):

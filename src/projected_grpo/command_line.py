@@ -234,10 +234,11 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
             status = main(sys.argv[1:] if argv is None else argv)
     except (UserError, SandboxError) as error:
         status = refusal(str(error))
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        elif error.filename is None:
+        if error.filename is None:
             raise
         status = refusal(f"{error.filename}: {error.strerror}")
     except Stop as stop:
