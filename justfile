@@ -37,7 +37,7 @@ check:
     ruff format --check src
     lint-imports
     deptry src
-    {{python}} -m pytest
+    {{python}} -m pytest -n 2 --dist loadfile
 
 # --- parts -------------------------------------------------------------------------------------------------------
 

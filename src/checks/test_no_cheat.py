@@ -27,8 +27,9 @@ MODULES = (
     "train", "scale/vllm_sampling", "scale/ranks", "scale/sharded", "scale/trl_trainer",
 )  # fmt: skip
 """Modules in which an advantage, a gate, V or a pair is made, or a step is taken."""
-MAY_NAME_IT = {"arms": {"monitor", "environment_alone"}, "train": {"learn", "say_outcome"}}
-"""What arms marked oracle ask; and what prints the log's numbers."""
+MAY_NAME_IT = {"arms": {"monitor", "environment_alone"}, "train": {"learn", "say_outcome"},
+               "rollout": {"VERDICTS", "HEADLINE", "h4_decision"}}  # fmt: skip
+"""What arms marked oracle ask; what prints the log's numbers; and the evaluation on held-out problems."""
 
 
 class Poisoned(Grade):
@@ -112,7 +113,8 @@ def test_pairs_from_a_pool_do_not_depend_on_the_verdict():
 def test_the_modules_that_make_gradients_do_not_name_the_verdict(module):
     tree = ast.parse((Path(projected_grpo.__file__).parent / f"{module}.py").read_text())
     allowed = MAY_NAME_IT.get(module, set())
-    tree.body = [s for s in tree.body if getattr(s, "name", None) not in allowed]
+    name_of = lambda s: s.targets[0].id if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name) else None
+    tree.body = [s for s in tree.body if getattr(s, "name", name_of(s)) not in allowed]
     named = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     named |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     named |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}

@@ -367,17 +367,13 @@ def test_a_missing_tracker_library_is_one_line(monkeypatch):
 # --- rollouts ------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_loads_rollouts_with_datasets(runs, tmp_path, monkeypatch):
+def test_rollouts_load_with_datasets(runs, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    example = text.split("```python\n")[1].split("```")[0].replace("outputs/runs/NAME", str(runs / "whole"))
-    names: dict = {}
-    exec(example, names)
-    assert [dict(row) for row in names["rollouts"]] == list(rollout_log.rows(runs / "whole"))
-    expected = [r for r in rollout_log.rows(runs / "whole") if r["grade"]["channel"] and not r["grade"]["gt_correct"]]
-    assert [dict(row) for row in names["hacks"]] == expected
+    files = str(runs / "whole" / "rollouts.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train")
+    assert [dict(row) for row in loaded] == list(rollout_log.rows(runs / "whole"))
     flat = [row | row["wording"] | row["grade"] for row in rollout_log.rows(runs / "whole")]
     assert rollout_log.frame(runs / "whole").to_dicts() == [{c: row[c] for c in rollout_log.FLAT} for row in flat]
 
