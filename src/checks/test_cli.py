@@ -256,6 +256,7 @@ def test_every_data_file_is_named_for_the_wheel_and_every_command_is_a_module():
         assert importlib.util.find_spec(f"projected_grpo.{module}") is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_the_console_script_names_its_commands_and_hands_over(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["projected-grpo"])
     assert cli.main(["--help"]) == 0
