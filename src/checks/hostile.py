@@ -170,7 +170,7 @@ PROCESSES = (
 MEMORY = (
     Hostile("memory bomb", body("x = [bytearray(64 << 20) for _ in range(16)]\nreturn sum(nums)"), False),
     Hostile("memory bomb, caught", attempt("x = bytearray(1 << 30)"), True),
-    Hostile("1 GB printed", RIGHT + "line = 'x' * (1 << 20)\nfor _ in range(1024):\n    print(line)\n", True, modes=FEW),
+    Hostile("1 GB printed", RIGHT + "x = 'x' * (1 << 20)\nfor _ in range(1024):\n    print(x)\n", True, modes=FEW),
     Hostile(
         "disk filled",
         body(
