@@ -5,15 +5,16 @@ module and one in the second. The longhand version uses Python floats and the ar
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from projected_grpo import arms, data_types, proj
+from projected_grpo import arms, data_types, prepare, proj
 from projected_grpo.arms import ARMS, Arm
-from projected_grpo.config import PRESETS, VHackCfg
+from projected_grpo.config import PRESETS, UserError, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.train import apply_step, make_optimizer
 
@@ -120,6 +121,20 @@ def test_rows_are_complete_and_controls_exist(name):
         control = ARMS[arm.control]
         assert control.basis in ("random", "shuffled")
         assert (control.act, control.rows, control.reward) == (arm.act, arm.rows, arm.reward) or name == "gate_act"
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_a_rule_that_makes_advantages_anew_is_refused_beside_a_kl(name, tmp_path):
+    """Its rows' gradients are multiplied by the new advantage, and a KL term among them would be as well. What a rule
+    does says whether it is one, not the list that it ought to be on.
+    """
+    seen = arms.Seen(A, REWARDS, FLAGGED, 2, torch.Generator().manual_seed(0))
+    anew = not set(arms.RULES[ARMS[name].rows](seen).tolist()) <= {0.0, 1.0}
+    cfg = replace(PRESETS["smoke"][1], intervention=name, outputs=str(tmp_path))
+    prepare.check(cfg)
+    cfg = replace(cfg, rl=replace(cfg.rl, beta=PRESETS["full"][1].rl.beta))
+    with pytest.raises(UserError, match=f"^{name} makes .* needs --beta=0$") if anew else nullcontext():
+        prepare.check(cfg)
 
 
 def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():
