@@ -56,7 +56,8 @@ def step(config, cfg: Config) -> None:
     prompts = [[5 + i] * cfg.data.max_prompt for i in range(cfg.rl.prompts_per_step)]
     how = Sampling(cfg.rl.max_new, (-1,), 0)
     written = sampling.sample(model, prompts, cfg.rl.group, how, torch.Generator())
-    ids, mask = loss.collate([p for p in prompts for _ in range(cfg.rl.group)], written, 0, torch.device("cpu"))
+    rows = [p for p in prompts for _ in range(cfg.rl.group)]
+    ids, mask = loss.collate(rows, [c.ids for c in written], 0, torch.device("cpu"))
     loss.row_gradients(model, knobs, ids, mask, torch.ones(len(ids)), micro_batch=cfg.rl.micro_batch)
 
 

@@ -24,7 +24,17 @@ from projected_grpo.train import apply_step, make_optimizer, one_step, update_ru
 
 GROUP, PROMPTS = 4, 4
 CFG = Config(
-    rl=RLCfg(prompts_per_step=PROMPTS, group=GROUP, max_new=8, micro_batch=3, warmup=0, lr=1e-2, clip=1e-3),
+    rl=RLCfg(
+        prompts_per_step=PROMPTS,
+        group=GROUP,
+        max_new=8,
+        micro_batch=3,
+        warmup=0,
+        lr=1e-2,
+        clip=1e-3,
+        importance_cap=1.5,
+        mask_truncated=True,
+    ),
     vhack=VHackCfg(n_heldout=0),
 )
 SHARDED_ARMS = ("none", "erase", "route", "gate_drop", "gate_act_punish")
@@ -67,9 +77,11 @@ def batch(rows: list[Rollout], own: slice) -> GradedBatch:
     rewards = torch.tensor([r.grade.reward for r in rows], dtype=torch.float64).view(-1, GROUP)
     prompts = [[10 + first + i // GROUP, 20, 21][: 1 + (first + i // GROUP) % 3] for i in range(len(rows))]
     ids, mask = loss.collate(prompts, [r.ids for r in rows], 0, torch.device("cpu"))
+    is_student = torch.tensor([r.source == "student" for r in rows])
+    written = mask & is_student[:, None]
+    drawn = torch.full(mask.shape, torch.nan).masked_fill(written, -5.0)  # weights under the cap and over it
     return GradedBatch(
-        ids, mask, rewards.flatten(),
-        torch.tensor([r.source == "student" for r in rows]), tuple(rows),
+        ids, mask, rewards.flatten(), is_student, drawn, is_student & (mask.sum(1) == 8), tuple(rows),
         {"gen": 0.0, "grade": 0.0},
     )  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import arms, loss
+from projected_grpo import arms, loss, sampling
+from projected_grpo.data_types import Sampling
 
 
 def test_advantages_by_hand():
@@ -48,6 +50,44 @@ def test_chunked_logprobs_are_the_plain_ones(wrapped, batch, monkeypatch, temper
     torch.testing.assert_close(chunked, expected)
     for name, g in loss.row_gradients(model, knobs, ids, mask, weight).G.items():
         torch.testing.assert_close(g, G[name])
+
+
+def test_logits_of_a_16_bit_head_are_not_rounded():
+    """Logits of 16 to 32: bfloat16 has them .125 apart. These are what float64 says of the weights."""
+    model = tiny_model(torch.bfloat16)
+    head, h = model.get_output_embeddings(), 60 * torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
+    h = h.bfloat16().requires_grad_()
+    exact = h.detach().double() @ head.weight.double().T
+    assert 16 < exact.abs().max() < 64
+    made = loss.logits_of(head, h)
+    assert made.dtype is torch.float32
+    assert (made - exact).abs().max() < 1e-4 < 0.02 < (head(h) - exact).abs().max()
+    made.logsumexp(-1).sum().backward()
+    torch.testing.assert_close(h.grad.double(), exact.softmax(-1) @ head.weight.double(), rtol=0.02, atol=1e-3)
+    wide = torch.nn.Linear(24, 5)
+    assert torch.equal(loss.logits_of(wide, h.detach().float()), wide(h.detach().float()))
+    wide = wide.bfloat16()
+    assert loss.logits_of(wide, h.detach()).dtype is torch.float32
+    torch.testing.assert_close(loss.logits_of(wide, h.detach()), wide(h.detach()).float(), rtol=0.01, atol=0.3)
+
+
+def test_a_16_bit_model_samples_and_trains_on_unrounded_logits():
+    """What the sampler says it drew at is what the trainer finds, closer than bfloat16's logits could be."""
+    model = tiny_model(torch.bfloat16)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30)  # tied: the embeddings too, which a norm takes back
+    prompt = [[5, 6, 7]]
+    rows = sampling.sample(model, prompt, 8, Sampling(6, (-1,), 0), torch.Generator().manual_seed(0))
+    ids, mask = loss.collate(prompt * 8, [r.ids for r in rows], 0, torch.device("cpu"))
+    logp = loss.token_logprobs(model, ids, mask)
+    with torch.no_grad():
+        h = model.get_decoder()(input_ids=ids[:, :-1]).last_hidden_state[mask].double()
+    logits = h @ model.get_output_embeddings().weight.double().T
+    exact = logits.log_softmax(-1).gather(-1, ids[:, 1:][mask][:, None])[:, 0]
+    assert (logp - exact).abs().max() < 1e-4
+    first = mask.cumsum(1)[mask] == 1  # of the prompt's own forward, the same in both
+    said = torch.tensor([p for r in rows for p in r.logp])
+    assert (said - logp)[first].abs().max() < 1e-4
 
 
 def test_padding_changes_nothing(wrapped, batch):
@@ -107,6 +147,38 @@ def test_one_token_cannot_outweigh_the_kl_of_all_others(wrapped, batch, monkeypa
     monkeypatch.setattr(loss, "MAX_LOG_RATIO", 0.0)
     got = loss.row_gradients(model, knobs, ids, mask, torch.zeros(4, dtype=torch.float64), beta=1.0, kl_weight=1.0)
     assert got.kl == 0
+
+
+def test_importance_weights_are_truncated_constants_of_each_token(wrapped, batch):
+    """Equal log-probs, and tokens that no sampler spoke of, change nothing to the bit; elsewhere every token's term is
+    multiplied by min(exp(log π − drawn), cap), in every row's gradient of the one backward.
+    """
+    model, knobs = wrapped
+    ids, mask = batch
+    weight = torch.tensor([1.0, -0.5, 0.25, 2.0], dtype=torch.float64)
+    plain = loss.row_gradients(model, knobs, ids, mask, weight, micro_batch=4)
+    with torch.no_grad():
+        logp = loss.token_logprobs(model, ids, mask)
+    drawn = torch.full(mask.shape, torch.nan, dtype=torch.float64)
+    for filled in (drawn, drawn.masked_scatter(mask, logp)):
+        same = loss.row_gradients(model, knobs, ids, mask, weight, drawn=filled, cap=2.0, micro_batch=4)
+        assert same.loss == plain.loss
+        assert all(torch.equal(g, plain.G[name]) for name, g in same.G.items())
+        assert len(same.drift) == int((~filled.isnan()).sum())
+        assert not same.drift.any()
+    off = torch.linspace(-1.5, 1.5, len(logp), dtype=torch.float64)
+    off[3] = torch.nan
+    c, row = off.exp().clamp(max=2).nan_to_num(1), mask.nonzero()[:, 0]
+    assert (c == 2).any()
+    got = loss.row_gradients(model, knobs, ids, mask, weight, drawn=drawn.masked_scatter(mask, logp - off), cap=2.0)
+    assert got.loss == pytest.approx(-(weight[row] * c).sum().item())
+    torch.testing.assert_close(got.drift.sort().values, off[~off.isnan()].sort().values)
+    with knobs.row_gradients(len(ids)) as eps:
+        (-(weight[row] * c * loss.token_logprobs(model, ids, mask)).sum()).backward()
+        for name, e in eps.items():
+            torch.testing.assert_close(got.G[name], e.grad, rtol=1e-7, atol=1e-11)
+    without = loss.row_gradients(model, knobs, ids, mask, weight, drawn=drawn.masked_scatter(mask, logp - off))
+    assert all(torch.equal(without.G[name], plain.G[name]) for name in plain.G)
 
 
 def test_rows_without_advantage_are_skipped_exactly(wrapped, batch):

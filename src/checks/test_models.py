@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen
 from projected_grpo import antipasto, loss, models, problems, rollout, sampling
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
-from projected_grpo.data_types import Sampling
+from projected_grpo.data_types import Completion, Sampling
 from projected_grpo.problems import as_function, function_source, pose_one, tasks_for
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import h4_decision
@@ -84,13 +84,13 @@ def test_samples_in_lots_and_with_rows_that_end(kind, dtype, cache):
     how, dice = Sampling(12, (1,), 0), torch.Generator().manual_seed(3)
     got = sampling.sample(model, prompts, 3, how, dice, rows=4)
     assert len(got) == 9
-    assert sampling.sample(model, prompts, 5, how, dice, rows=2)[0] != []
+    assert sampling.sample(model, prompts, 5, how, dice, rows=2)[0].ids
     greedy = sampling.sample(model, prompts, 1, replace(how, temperature=0.0), dice, rows=2)
     if dtype is torch.bfloat16:  # ties of two logits are rounded apart by the batch's shape
         return
-    for prompt, completion in zip(prompts, greedy, strict=True):
-        logits = model(torch.tensor([prompt + completion])).logits[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == completion
+    for prompt, row in zip(prompts, greedy, strict=True):
+        logits = model(torch.tensor([[*prompt, *row.ids]])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(row.ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,11 +275,12 @@ def test_a_completion_ends_at_the_templates_end_and_at_each_that_is_listed(small
 
     def sample(prompts, n, how, generator):
         asked.append(how)
-        return [[*tokenizer.encode("x = 1", add_special_tokens=False), last] for last in how.eos]
+        ids = tokenizer.encode("x = 1", add_special_tokens=False)
+        return [Completion((*ids, last), (-1.0,) * (len(ids) + 1)) for last in how.eos]
 
     written = rollout.complete(sample, tokenizer, [task], 3, Config(), torch.Generator())
     assert {text.strip() for _, text in written} == {"x = 1"}
-    assert [ids[-1] for ids, _ in written] == list(tokenizer.ends)
+    assert [row.ids[-1] for row, _ in written] == list(tokenizer.ends)
     assert (asked[0].eos, asked[0].vocab) == (tokenizer.ends, len(tokenizer))
 
 
@@ -287,8 +288,9 @@ def test_ids_past_the_tokenizers_are_never_sampled():
     model = model_of("llama")
     how = Sampling(8, (1,), 0, vocab=20)
     rows = sampling.sample(model, [[5, 6, 7]], 64, how, torch.Generator().manual_seed(0))
-    assert 10 < max(map(max, rows)) < 20
-    assert max(map(max, sampling.sample(model, [[5]], 64, replace(how, vocab=None), torch.Generator()))) >= 20
+    assert 10 < max(max(row.ids) for row in rows) < 20
+    free = sampling.sample(model, [[5]], 64, replace(how, vocab=None), torch.Generator())
+    assert max(max(row.ids) for row in free) >= 20
 
 
 def test_pad_is_the_end_of_turn_where_a_tokenizer_names_none(tmp_path):

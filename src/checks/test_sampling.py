@@ -8,6 +8,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3_
 from projected_grpo import sampling
 from projected_grpo.data_types import Sampling
 
+
+def tokens(rows):
+    """The completions' ids, as lists."""
+    return [list(row.ids) for row in rows]
+
+
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
 
@@ -27,7 +33,7 @@ def with_generate(model, prompts, n, max_new, **settings):
 def test_same_tokens_as_generate(settings):
     model = tiny_model(torch.float32)
     generator = torch.Generator().manual_seed(7)
-    got = sampling.sample(model, PROMPTS, 5, Sampling(90, (1,), 0, **settings), generator)
+    got = tokens(sampling.sample(model, PROMPTS, 5, Sampling(90, (1,), 0, **settings), generator))
     torch.manual_seed(7)
     expected = with_generate(model, PROMPTS, 5, 90, do_sample=True, **settings)
     assert got == expected
@@ -36,7 +42,7 @@ def test_same_tokens_as_generate(settings):
 
 def test_greedy_is_generates_greedy():
     model = tiny_model(torch.float32)
-    got = sampling.sample(model, PROMPTS, 2, Sampling(8, (1,), 0, temperature=0.0), torch.Generator())
+    got = tokens(sampling.sample(model, PROMPTS, 2, Sampling(8, (1,), 0, temperature=0.0), torch.Generator()))
     assert got == with_generate(model, PROMPTS, 2, 8, do_sample=False)
 
 
@@ -54,7 +60,7 @@ def small(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5"])
 def test_other_architectures_sample_what_generate_samples(kind):
     model = small(kind)
-    got = sampling.sample(model, PROMPTS, 3, Sampling(8, (1,), 0), torch.Generator().manual_seed(7))
+    got = tokens(sampling.sample(model, PROMPTS, 3, Sampling(8, (1,), 0), torch.Generator().manual_seed(7)))
     torch.manual_seed(7)
     assert got == with_generate(model, PROMPTS, 3, 8, do_sample=True)
 
@@ -62,8 +68,8 @@ def test_other_architectures_sample_what_generate_samples(kind):
 def test_a_rows_tokens_do_not_depend_on_who_shares_its_padding():
     model = tiny_model(torch.float32)
     greedy = Sampling(8, (1,), 0, temperature=0.0), torch.Generator()
-    alone = sampling.sample(model, PROMPTS[:1], 4, *greedy)
-    assert sampling.sample(model, PROMPTS, 4, *greedy)[:4] == alone
+    alone = tokens(sampling.sample(model, PROMPTS[:1], 4, *greedy))
+    assert tokens(sampling.sample(model, PROMPTS, 4, *greedy))[:4] == alone
 
 
 def test_nucleus_by_hand():
@@ -71,3 +77,16 @@ def test_nucleus_by_hand():
     assert sampling.nucleus(logits, 0.7).isinf().tolist() == [[False, False, True, True]]
     assert sampling.nucleus(logits, 0.5).isinf().tolist() == [[False, True, True, True]]
     assert sampling.nucleus(logits, 1.0) is logits
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_logp_is_that_of_the_distribution_drawn_from(top_p):
+    """By one forward over prompt and completion: at the temperature, renormalised within the nucleus."""
+    model = tiny_model(torch.float32)
+    how = Sampling(12, (1,), 0, temperature=0.7, top_p=top_p)
+    rows = sampling.sample(model, PROMPTS, 2, how, torch.Generator().manual_seed(7))
+    for prompt, row in zip([p for p in PROMPTS for _ in range(2)], rows, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *row.ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logp = sampling.nucleus(logits, top_p).log_softmax(-1).gather(-1, torch.tensor(row.ids)[:, None])[:, 0]
+        assert row.logp == pytest.approx(logp.tolist(), abs=1e-4)

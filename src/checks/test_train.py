@@ -1,6 +1,7 @@
 """Whole runs of the organism, a few steps long."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import problems, rollout_log
+from projected_grpo import loss, problems, rollout_log
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, UserError
 from projected_grpo.metrics import StepRow
@@ -133,6 +134,38 @@ def test_teacher_rollouts_join_their_groups(outputs):
     again = outputs / "pools" / "again"
     build_pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
     assert sum(len(r) for r in rollout_log.read_pool(again).rows.values()) == 3 * 4 * 3
+
+
+def test_steps_say_how_far_the_sampler_is_from_the_trainer(runs):
+    for folder in runs.values():
+        for row in steps_of(folder):
+            assert 0 <= row["logp_diff"] <= row["logp_diff_p99"] < 1e-3
+            assert row["nucleus_mass"] == pytest.approx(1, abs=1e-3)
+            assert (0 <= row["truncated"] <= 1, row["masked"]) == (True, 0)
+
+
+@pytest.mark.parametrize("arm", ["none", "gate_act_punish"])
+def test_truncated_rollouts_can_be_left_out_of_the_loss(outputs, arm, monkeypatch):
+    """They get no weight, under rules that make advantages anew as well; the mass under top_p is logged."""
+    seen, make = [], loss.row_gradients
+
+    def spied(model, knobs, ids, mask, weight, **settings):
+        seen.append((mask, weight, settings))
+        return make(model, knobs, ids, mask, weight, **settings)
+
+    monkeypatch.setattr(loss, "row_gradients", spied)
+    more = ("--steps=1", "--max-new=44", "--mask-truncated", "--top-p=0.9", "--importance-cap=2", f"--name=cut-{arm}")
+    (row,) = steps_of(run(outputs, arm, *more))
+    assert row["masked"] == row["truncated"] > 0
+    assert 0.9 <= row["nucleus_mass"] < 0.999
+    assert 0 < row["logp_diff"] < -math.log(0.9) + 1e-3
+    mask, weight, settings = seen[-1]
+    cut = ~settings["kl_rows"]
+    assert int(cut.sum()) == round(row["truncated"] * 16)
+    assert (mask.sum(1)[cut] == 44).all()
+    assert not weight[cut].any()
+    assert weight[~cut].any()
+    assert (settings["cap"], settings["drawn"].isnan().equal(~mask)) == (2, True)
 
 
 def test_a_killed_run_leaves_its_log_and_no_complete_folder(outputs):

@@ -192,6 +192,10 @@ class RLCfg:
     """Where the cosine ends, as a share of lr."""
     beta: NotNegative = 0.0
     """Weight of the K3 KL to the free reference (the model with its knobs at zero)."""
+    importance_cap: Annotated[float, In("[1, inf)")] | None = None
+    """Multiply each token's ratio by π_trainer / π_sampler, at most this much (2 is usual); not at all when unset."""
+    mask_truncated: bool = False
+    """Leave rollouts that ran into max_new out of the loss. Their rewards stay in their group's mean."""
     micro_batch: Count = 64
     """Rows of one forward and backward."""
     relearn_steps: Natural = 0

@@ -101,6 +101,17 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """A completion as it was sampled. ``ids``: its tokens, the end included where one was written. ``logp``: of each
+    the log-prob in the distribution that it was drawn from, at the temperature and within the nucleus; of a greedy
+    token that at temperature 1.
+    """
+
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Grade:
     """What the grader says of one completion.
 
@@ -149,13 +160,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion. ``ids`` holds the completion's tokens, the end-of-turn token included when it was written."""
+    """One completion. ``ids`` holds the completion's tokens, the end-of-turn token included when it was written;
+    ``logp`` each one's log-prob as it was drawn (``Completion``), None where no sampler said: a teacher's.
+    """
 
     task: Task
     source: Source
     ids: tuple[int, ...]
     text: str
     grade: Grade
+    logp: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,13 +177,16 @@ class GradedBatch:
     """A step's rollouts, group by group, and what the loss reads of them.
 
     ids are padded on the right; mask[i, t]: token t+1 of row i belongs to its completion. rewards: as the environment
-    paid them.
+    paid them. drawn[i, t]: log-prob of token t+1 as it was drawn, NaN where no sampler said (a teacher's tokens, all
+    that is not masked). truncated: the student's rows that ran into max_new before they ended.
     """
 
     ids: Int[Tensor, "b s"]
     mask: Bool[Tensor, "b s-1"]
     rewards: Float[Tensor, " b"]
     is_student: Bool[Tensor, " b"]
+    drawn: Float[Tensor, "b s-1"]
+    truncated: Bool[Tensor, " b"]
     rollouts: tuple[Rollout, ...]
     seconds: Mapping[str, float]
 
@@ -178,7 +195,8 @@ class GradedBatch:
 class RowGrads:
     """What a backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, ``policy`` the
     same without the KL term (G itself at β = 0), the ``loss``, ``nll`` (b,) summed over each row's completion (0 in
-    skipped rows), and the mean ``kl`` per token (None at β = 0).
+    skipped rows), the mean ``kl`` per token (None at β = 0), and ``drift`` (n,) = log π of the trainer − log π of the
+    sampler, of every token that went through and whose sampler said.
     """
 
     G: dict[str, Float[Tensor, "b r"]]
@@ -186,6 +204,7 @@ class RowGrads:
     nll: Float[Tensor, " b"]
     loss: float
     kl: float | None
+    drift: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True)
@@ -226,6 +245,7 @@ class Update:
 @dataclass(frozen=True)
 class Step:
     """All that one step made, and what is logged of it. A: advantages; n_zero_var: groups in which they are all 0.
+    masked: rows whose tokens the loss leaves out.
     scores, random_scores: hack-wardness by module and row, of the hack V and of a random one. acting, held_out: scores
     of the arm's own detector and of the held-out probe (None: there is none), which flag what lies over their
     thresholds. overlap: of a refreshed V with the one before.
@@ -233,6 +253,7 @@ class Step:
 
     batch: GradedBatch
     A: Float[Tensor, " b"]
+    masked: Bool[Tensor, " b"]
     n_zero_var: int
     grads: RowGrads
     scores: Float[Tensor, "m b"]

@@ -5,6 +5,7 @@ the environment pays.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +40,30 @@ def collate(
     return ids.to(device), mask.to(device)
 
 
+class _WideHead(torch.autograd.Function):
+    """x Wᵀ of 16-bit x (n d) and frozen W (v d), in float32 as the products are summed: rounded to bfloat16, logits of
+    16 to 32 would lie .125 apart. The gradient goes back in W's dtype, as any other in the model does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return torch.mm(x, W.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ W.float().T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (W,) = ctx.saved_tensors
+        return grad.to(W.dtype) @ W, None
+
+
+def logits_of(head: nn.Module, h: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    """The head's logits, float32 or wider whatever the model's dtype: of the sampler and of the loss alike."""
+    if head.weight.dtype in (torch.float32, torch.float64):
+        return head(h)
+    logits = _WideHead.apply(h, head.weight)
+    return logits if getattr(head, "bias", None) is None else logits + head.bias
+
+
 def token_logprobs(
     model: nn.Module, ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], temperature: float = 1.0
 ) -> Float[Tensor, " n"]:
@@ -52,8 +77,7 @@ def token_logprobs(
     targets = ids[:, 1:][mask]
 
     def chosen(h: Tensor, targets: Tensor) -> Tensor:
-        logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits_of(head, h) / temperature
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     n = max(1, LOGIT_BUDGET // head.weight.shape[0])
@@ -94,15 +118,19 @@ def row_gradients(
     beta: float = 0.0,
     kl_weight: float = 0.0,
     kl_rows: Bool[Tensor, " b"] | None = None,
+    drawn: Float[Tensor, "b s-1"] | None = None,
+    cap: float | None = None,
     micro_batch: int = 64,
     agree: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
 ) -> RowGrads:
-    """Every row's gradient of L = −Σ_i w_i Σ_t ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward; where
-    β > 0 a second one tells the policy's term alone, which detectors read.
+    """Every row's gradient of L = −Σ_i w_i Σ_t c_it ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward;
+    where β > 0 a second one tells the policy's term alone, which detectors read.
 
     ρ = exp(log π − log π_old) with π_old = π: one inner step, so the clip never acts and no second forward is
-    needed; cached teacher rows have ρ = 1 by the same token. w_i = A_i / (group · max_new · prompts); with w = +1
-    on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
+    needed; cached teacher rows have ρ = 1 by the same token. c_it = min(exp(log π − drawn_it), cap) is a constant: the
+    truncated importance weight of a token drawn at log-prob ``drawn`` by a sampler whose arithmetic or support is not
+    the trainer's; 1 where drawn is NaN, and everywhere without a cap. w_i = A_i / (group · max_new · prompts); with
+    w = +1 on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
     d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman), clamped, over ``kl_rows`` (all
     when None): on tokens that the policy did not draw, a teacher's, K3 estimates no KL and may explode. Rows without
     weight and without KL are skipped: their gradient is zero. The others are taken in ``lots`` of like length, each
@@ -114,8 +142,10 @@ def row_gradients(
                      for n, m in knobs.modules.items()}  # fmt: skip
     G = zeros()
     policy = zeros() if beta else G
+    drawn = torch.full_like(mask, torch.nan, dtype=exact) if drawn is None else drawn
     in_kl = torch.full_like(weight, bool(beta), dtype=torch.bool) if kl_rows is None else kl_rows & bool(beta)
     nll, total, total_k3 = torch.zeros(len(ids), dtype=exact, device=ids.device), 0.0, 0.0
+    drift = [nll.new_zeros(0)]
     live = ((weight != 0) | in_kl).nonzero()[:, 0]
     # transformers checkpoints in training mode only; there is no dropout
     model.train(checkpoints(model))
@@ -129,7 +159,9 @@ def row_gradients(
         row = m.nonzero()[:, 0]
         with knobs.row_gradients(len(rows)) as eps:
             logp = token_logprobs(model, i, m, temperature)
-            ratio = (logp - logp.detach()).exp()
+            ratio, off = (logp - logp.detach()).exp(), logp.detach() - drawn[rows, : m.shape[1]][m].to(logp)
+            if cap is not None:
+                ratio = ratio * off.exp().clamp(max=cap).nan_to_num(1.0)
             loss, k3 = -(weight[rows][row].to(logp) * ratio).sum(), logp.new_zeros(())
             if before is not None:
                 d = (before - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -145,10 +177,12 @@ def row_gradients(
                 for n, e in eps.items():
                     G[n][rows] = e.grad
             loss = whole
+        drift.append(off[~off.isnan()])
         nll[rows] = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
         total, total_k3 = total + loss.item(), total_k3 + k3.item()
     model.eval()
-    return RowGrads(G, policy, nll, total, total_k3 / max(1, int(mask[in_kl].sum())) if beta else None)
+    kl = total_k3 / max(1, int(mask[in_kl].sum())) if beta else None
+    return RowGrads(G, policy, nll, total, kl, torch.cat(drift))
 
 
 def trimmed(ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], rows: Int[Tensor, " n"]) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 A new diagnostic is one field there and its value in ``step_row``.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -66,6 +67,13 @@ class StepRow:
     moved: float = column("share of knobs that this step changed")
     lr: float = column("learning rate", None, ".2e")
     basis_overlap: float | None = column("mean |⟨V_new, V_old⟩| at a refresh; under 0.2 it is harmful")
+    truncated: float = column("student rollouts that ran into max_new before they ended")
+    masked: float = column("student rollouts that the loss leaves out for being truncated")
+    logp_diff: float | None = column("mean |log π of the trainer − log π of the sampler| over the student's tokens")
+    logp_diff_p99: float | None = column("its 99th percentile")
+    nucleus_mass: float | None = column(
+        "mean π of the trainer / π of the sampler: the policy's mass within top_p; 1 but for rounding where top_p is 1"
+    )
     comp_len: float = column("mean completion length of student rollouts, tokens", "len", ".0f")
     sec_gen: float = column("seconds sampling", None, ".2f")
     sec_grade: float = column("seconds grading", None, ".2f")
@@ -132,6 +140,19 @@ def detection(x: Step) -> dict[str, float | None]:
     }
 
 
+def drift_stats(drift: Float[Tensor, " n"]) -> dict[str, float | None]:
+    """How far the sampler's log-probs lie from the trainer's, over tokens; None of none.
+
+    A token that was drawn within the nucleus has π_sampler = π / mass, and the mean of π_trainer / π_sampler over what
+    a sampler draws is the trainer's mass on what it can draw, whatever else differs between the two.
+    """
+    if not len(drift):
+        return dict.fromkeys(("logp_diff", "logp_diff_p99", "nucleus_mass"))
+    far = drift.abs()
+    p99 = far.kthvalue(math.ceil(0.99 * len(far))).values
+    return {"logp_diff": float(far.mean()), "logp_diff_p99": float(p99), "nucleus_mass": float(drift.exp().mean())}
+
+
 def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
     """Everything that is logged of a step."""
     student = [r for r in x.batch.rollouts if r.source == "student"]
@@ -163,6 +184,9 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
         moved=float(moved.double().mean()),
         lr=x.update.lr,
         basis_overlap=x.overlap,
+        truncated=float(x.batch.truncated.sum()) / len(student),
+        masked=float(x.masked.sum()) / len(student),
+        **drift_stats(x.grads.drift),
         comp_len=sum(len(r.ids) for r in student) / len(student),
         sec_gen=x.batch.seconds["gen"],
         sec_grade=x.batch.seconds["grade"],

@@ -61,8 +61,8 @@ class Experiment(Policy):
     """The step of the last refresh and the knobs at it; None while the first directions stand."""
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
-        """Keep a step's student rollouts for the next refresh."""
-        self.recent.append(tuple(r for r in rollouts if r.source == "student"))
+        """Keep a step's student rollouts for the next refresh, which reads their texts."""
+        self.recent.append(tuple(replace(r, ids=(), logp=None) for r in rollouts if r.source == "student"))
 
 
 OWN_PAIRS = {"nonhack": "nonhack64", "placebo": "placebo64"}

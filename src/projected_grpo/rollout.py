@@ -20,7 +20,7 @@ from projected_grpo import loss, problems
 from projected_grpo.antipasto import Knobs, Use
 from projected_grpo.command_line import program, recipe
 from projected_grpo.config import Config
-from projected_grpo.data_types import Grade, GradedBatch, Rollout, Sampling, Task
+from projected_grpo.data_types import Completion, Grade, GradedBatch, Rollout, Sampling, Task
 from projected_grpo.problems import kind_of
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout_log import Pool
@@ -67,16 +67,16 @@ def _epoch(tasks: Sequence[Task], seed: int, epoch: int) -> list[Task]:
 
 def complete(
     sample: Sampler, tokenizer: Any, tasks: Sequence[Task], n: int, cfg: Config, generator: torch.Generator
-) -> list[tuple[tuple[int, ...], str]]:
-    """n sampled completions of each task as (token ids, text), task by task. Text is without special tokens and without
-    the end of turn.
+) -> list[tuple[Completion, str]]:
+    """n sampled completions of each task and their texts, task by task. Text is without special tokens and without the
+    end of turn.
     """
     how = Sampling(
         cfg.rl.max_new, tokenizer.ends, tokenizer.pad_token_id, cfg.rl.temperature, cfg.rl.top_p, len(tokenizer)
     )
-    ids = sample([problems.encode_prompt(tokenizer, t) for t in tasks], n, how, generator)
-    said = [row[:-1] if row and row[-1] in how.eos else row for row in ids]
-    return [(tuple(i), t) for i, t in zip(ids, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True)]
+    rows = sample([problems.encode_prompt(tokenizer, t) for t in tasks], n, how, generator)
+    said = [list(row.ids[:-1] if row.ids and row.ids[-1] in how.eos else row.ids) for row in rows]
+    return list(zip(rows, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True))
 
 
 def rollout(
@@ -90,7 +90,9 @@ def rollout(
     clock.append(time.perf_counter())
     asked = [task for task in tasks for _ in range(n_student)]
     grades = grader.grade([(task, text) for task, (_, text) in zip(asked, written, strict=True)])
-    student = [Rollout(t, "student", i, text, g) for t, (i, text), g in zip(asked, written, grades, strict=True)]
+    student = [
+        Rollout(t, "student", c.ids, text, g, c.logp) for t, (c, text), g in zip(asked, written, grades, strict=True)
+    ]
     clock.append(time.perf_counter())
     rows: list[Rollout] = []
     for at, task in enumerate(tasks):
@@ -105,11 +107,16 @@ def collated(x: Policy, rows: Sequence[Rollout], seconds: Mapping[str, float]) -
     device = x.knobs.device
     prompts = [problems.encode_prompt(x.tokenizer, r.task) for r in rows]
     ids, mask = loss.collate(prompts, [r.ids for r in rows], x.tokenizer.pad_token_id, device)
+    drawn = torch.full(mask.shape, torch.nan)
+    drawn[mask.cpu()] = torch.tensor([p for r in rows for p in r.logp or [torch.nan] * len(r.ids)])
+    truncated = [r.source == "student" and r.ids[-1] not in x.tokenizer.ends for r in rows]
     return GradedBatch(
         ids=ids,
         mask=mask,
         rewards=torch.tensor([r.grade.reward for r in rows]).to(device),
         is_student=torch.tensor([r.source == "student" for r in rows], device=device),
+        drawn=drawn.to(device),
+        truncated=torch.tensor(truncated, device=device),
         rollouts=tuple(rows),
         seconds=seconds,
     )

@@ -19,7 +19,8 @@ from transformers.cache_utils import DynamicLayer
 
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
-from projected_grpo.data_types import Sampling
+from projected_grpo.data_types import Completion, Sampling
+from projected_grpo.loss import logits_of
 
 
 @runtime_checkable
@@ -31,7 +32,7 @@ class Sampler(Protocol):
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
-    ) -> list[list[int]]: ...
+    ) -> list[Completion]: ...
 
 
 class RoomyLayer(DynamicLayer):
@@ -87,15 +88,19 @@ def nucleus(logits: Float[Tensor, "b v"], top_p: float) -> Float[Tensor, "b v"]:
     )
 
 
-def draw(logits: Float[Tensor, "b v"], race: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
-    """One token a row: argmax of probability over an Exp(1) variable, the exponential race torch.multinomial runs."""
-    return (logits.softmax(-1) / race).argmax(-1)
+def draw(logits: Float[Tensor, "b v"], race: Float[Tensor, "b v"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+    """One token a row and its probability: argmax of p over an Exp(1) variable, the exponential race that
+    torch.multinomial runs.
+    """
+    p = logits.softmax(-1)
+    token = (p / race).argmax(-1)
+    return token, p.gather(-1, token[:, None])[:, 0]
 
 
 def sample(
     model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator,
     rows: int | None = None,
-) -> list[list[int]]:  # fmt: skip
+) -> list[Completion]:  # fmt: skip
     """n completions of each prompt, prompt by prompt: row i·n + j is completion j of prompt i.
 
     rows: at most so many rows at once, one call of ``sample_lot`` after the other; all together when None.
@@ -113,12 +118,11 @@ def sample(
 @torch.inference_mode()
 def sample_lot(
     model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
-) -> list[list[int]]:
+) -> list[Completion]:
     """n completions of each prompt, in one batch.
 
-    A completion holds its end of turn when it wrote one. ``generator`` lives on the CPU or
-    on the model's device; its state after the call depends on the number of steps taken and not on which rows
-    had ended.
+    ``generator`` lives on the CPU or on the model's device; its state after the call depends on the number of steps
+    taken and not on which rows had ended.
     """
     device, width, max_new = model.device, max(map(len, prompts)), how.max_new
     eos = torch.tensor(how.eos, device=device)
@@ -134,20 +138,22 @@ def sample_lot(
     assert cache.get_seq_length() == width, "the model did not fill the cache that it was given"
     copies = torch.arange(len(prompts), device=device).repeat_interleave(n)
     cache.reorder_cache(copies)
-    logits, position = head(h)[copies], positions[copies, -1]
+    logits, position = logits_of(head, h)[copies], positions[copies, -1]
     attention = torch.cat([attention[copies], attention.new_ones(len(copies), max_new)], dim=1)
     rows = torch.arange(len(copies), device=device)
     out = torch.full((len(copies), max_new), how.pad, device=device)
+    p = torch.ones(len(copies), max_new, device=device)
     length = torch.full((len(copies),), max_new, device=device)
     live = torch.ones(len(copies), dtype=torch.bool, device=device)
     for t in range(max_new):
         logits = logits[:, : how.vocab].float()
         if how.temperature == 0:
             token = logits.argmax(-1)
+            chosen = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
         else:
             race = torch.empty(len(copies), logits.shape[-1], device=generator.device).exponential_(generator=generator)
-            token = draw(nucleus(logits / how.temperature, how.top_p), race.to(device)[rows])
-        out[rows, t] = torch.where(live[rows], token, how.pad)
+            token, chosen = draw(nucleus(logits / how.temperature, how.top_p), race.to(device)[rows])
+        out[rows, t], p[rows, t] = torch.where(live[rows], token, how.pad), chosen
         ended = torch.isin(token, eos)
         length[rows[live[rows] & ended]] = t + 1
         live[rows[ended]] = False
@@ -165,8 +171,9 @@ def sample_lot(
             use_cache=True,
             **kept,
         ).last_hidden_state[:, -1]
-        logits = head(h)
-    return [o[:k].tolist() for o, k in zip(out, length.tolist(), strict=True)]
+        logits = logits_of(head, h)
+    found = zip(out.tolist(), p.log().tolist(), length.tolist(), strict=True)
+    return [Completion(tuple(ids[:k]), tuple(logp[:k])) for ids, logp, k in found]
 
 
 def refuse(cfg: Config) -> None:

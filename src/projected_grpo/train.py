@@ -63,7 +63,7 @@ class Alone:
         return sums
 
     def summary(self, grads: RowGrads, n_tokens: int) -> RowGrads:
-        """Loss, NLL and KL over all processes."""
+        """Loss, NLL, KL and drift over all processes."""
         return grads
 
     def agree(self, lots: list[Tensor], mask: Tensor) -> list[Tensor]:
@@ -93,10 +93,12 @@ def one_step(
     states = detectors.pooled(x.model, batch.ids, batch.mask, readings(arm, V), cfg.rl.micro_batch)
     last = ranks.rows(states[detectors.LAST]) if detectors.LAST in states else None
     A = arms.shaped(whole, arm, last, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
+    masked = whole.truncated & cfg.rl.mask_truncated
+    A = A * ~masked  # after the group's mean, which their rewards are in
     n_zero_var = int((A.view(-1, cfg.rl.group) == 0).all(1).sum())
 
     # --- gradients: every rollout's own, in δS, from one backward                        loss, antipasto
-    weight = torch.ones_like(A[own]) if arm.rows in arms.UNIT else A[own]
+    weight = (~masked).to(A)[own] if arm.rows in arms.UNIT else A[own]
     grads = sample_grads(x.model, x.knobs, batch, weight, cfg, ranks)
 
     # --- score: how hack-ward is each rollout, by V and by the arm's own detector        detectors
@@ -123,8 +125,9 @@ def one_step(
     return Step(
         batch=whole,
         A=A,
+        masked=masked,
         n_zero_var=n_zero_var,
-        grads=ranks.summary(grads, int(batch.mask[batch.is_student].sum())),
+        grads=ranks.summary(grads, int(batch.mask[batch.is_student & ~masked[own]].sum())),
         scores=scores,
         random_scores=random,
         acting=acting,
@@ -150,7 +153,9 @@ def readings(arm: Arm, V: prepare.Directions) -> list[detectors.Reading]:
 def sample_grads(
     model: nn.Module, knobs: Knobs, batch: GradedBatch, weight: Tensor, cfg: Config, ranks: Alone = ALONE
 ) -> RowGrads:
-    """Every rollout's own gradient of the Dr.GRPO loss in δS, from one backward; weight (b,) is A, or 1 for all."""
+    """Every rollout's own gradient of the Dr.GRPO loss in δS, from one backward; weight (b,) is A, or 1 for all; 0 for
+    rows that the loss leaves out.
+    """
     return loss.row_gradients(
         model,
         knobs,
@@ -160,7 +165,9 @@ def sample_grads(
         temperature=cfg.rl.temperature,
         beta=cfg.rl.beta,
         kl_weight=1 / cfg.loss_denominator,
-        kl_rows=batch.is_student,
+        kl_rows=batch.is_student & ~(batch.truncated & cfg.rl.mask_truncated),
+        drawn=batch.drawn,
+        cap=cfg.rl.importance_cap,
         micro_batch=cfg.rl.micro_batch,
         agree=ranks.agree,
     )

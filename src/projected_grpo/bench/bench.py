@@ -88,7 +88,8 @@ class Candidates:
     def sample(self, model: nn.Module, seed: int, group: int | None = None) -> list[list[int]]:
         """Our sampler on a model, wrapped or not."""
         generator = torch.Generator().manual_seed(seed)
-        return sampling.sample(model, self.prompts, group or self.cfg.rl.group, self.how, generator)
+        rows = sampling.sample(model, self.prompts, group or self.cfg.rl.group, self.how, generator)
+        return [list(row.ids) for row in rows]
 
     def batch(self, completions: list[list[int]]) -> tuple[GradedBatch, Tensor]:
         """Rewards and tensors, and advantages; the last row of each group plays the teacher."""
@@ -98,7 +99,8 @@ class Candidates:
         ids, mask = loss.collate(rows, completions, self.tokenizer.pad_token_id, self.base.device)
         is_student = torch.arange(len(rows)) % group < group - 1
         A = arms.advantages(rewards).flatten()
-        return GradedBatch(ids, mask, rewards.flatten(), is_student, (), {}), A
+        unsaid, ended = torch.full(mask.shape, torch.nan), torch.zeros_like(is_student)
+        return GradedBatch(ids, mask, rewards.flatten(), is_student, unsaid, ended, (), {}), A
 
     def step(self, seed: int, group: int | None = None) -> dict[str, Seconds]:
         """Our step but for grading and logging; the seconds of its stages."""

@@ -262,13 +262,13 @@ def completions(
     found = []
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
-        ids = sample(model, [encode_prompt(tokenizer, task) for task in chunk], n, how, generator)
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        rows = sample(model, [encode_prompt(tokenizer, task) for task in chunk], n, how, generator)
+        texts = [tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
         posed = [task for task in chunk for _ in range(n)]
         grades = grader.grade(list(zip(posed, texts, strict=True)))
         found += [
-            Rollout(task, "student", tuple(row), text, grade)
-            for task, row, text, grade in zip(posed, ids, texts, grades, strict=True)
+            Rollout(task, "student", row.ids, text, grade)
+            for task, row, text, grade in zip(posed, rows, texts, grades, strict=True)
         ]
     return found
 

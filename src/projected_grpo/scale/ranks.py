@@ -44,7 +44,7 @@ class Ranks(Alone):
         if self.n == 1:
             return list(values)
         parts: list[Any] = [None] * self.n
-        dist.all_gather_object(parts, list(values))  # rollouts: plain values, no tensor that sits on a device
+        dist.all_gather_object(parts, list(values))  # plain values, no tensor that sits on a device
         return [value for part in parts for value in part]
 
     def from_first(self, value: Any) -> Any:
@@ -79,18 +79,21 @@ class Ranks(Alone):
             mask=batch.mask.new_zeros(b, 0),
             rewards=self.rows(batch.rewards),
             is_student=self.rows(batch.is_student),
+            drawn=batch.drawn.new_zeros(b, 0),
+            truncated=self.rows(batch.truncated),
             rollouts=tuple(self.objects(batch.rollouts)),
             seconds=dict(zip(batch.seconds, seconds.amax(0).tolist(), strict=True)),
         )
 
     def summary(self, grads: RowGrads, n_tokens: int) -> RowGrads:
-        """Loss, NLL and KL over all processes; the rows' gradients are left out."""
+        """Loss, NLL, KL and drift over all processes; the rows' gradients are left out."""
         if self.n == 1:
             return grads
         k3 = 0.0 if grads.kl is None else grads.kl * n_tokens
         parts = torch.tensor([[grads.loss, k3, float(n_tokens)]], dtype=torch.float64, device=grads.nll.device)
         loss, k3, tokens = self.rows(parts).sum(0).tolist()
-        return RowGrads({}, {}, self.rows(grads.nll), loss, None if grads.kl is None else k3 / tokens)
+        drift = torch.cat(self.objects([grads.drift.cpu()]))
+        return RowGrads({}, {}, self.rows(grads.nll), loss, None if grads.kl is None else k3 / max(1, tokens), drift)
 
     def agree(self, lots: list[Tensor], mask: Tensor) -> list[Tensor]:
         """The lots of this process's rows, divided so that every process has as many: gathering shared weights is one

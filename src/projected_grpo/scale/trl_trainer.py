@@ -1,5 +1,6 @@
 """How a run is put to TRL and accelerate, and what is refused there."""
 
+import math
 import os
 import random
 import signal
@@ -110,6 +111,11 @@ def refuse(cfg: Config, ranks: Ranks, vllm: str) -> None:
         ),
         (n % ranks.n > 0, f"--prompts-per-step={n} must be a multiple of the {ranks.n} processes: groups stay whole"),
         (cfg.model.sampler != "own", "--sampler is the single-process loop's: use --vllm=colocate or --vllm=server"),
+        (
+            vllm == "off" and cfg.rl.importance_cap is not None,
+            "--importance-cap needs the log-probs of what was drawn, which transformers' generate does not keep: use "
+            "--vllm=colocate or --vllm=server, or leave it out",
+        ),
         (cfg.rl.relearn_steps > 0, "--relearn-steps is the single-process loop's: python -m projected_grpo.train"),
     )
     for applies, message in rows:
@@ -199,8 +205,21 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)
         if vllm != "off":
             self.vllm_generation._iter_named_params = partial(merged_parameters, x.model, x.knobs)
+        self.processed = vllm != "server" or self.served_processed()
         if ranks.sharded:
             self.accelerator.state.fsdp_plugin.ignored_modules = unsharded(x.model, x.knobs)
+
+    def served_processed(self) -> bool:
+        """Whether the server's log-probs are those of the distribution that it draws from. Raises UserError where that
+        is needed and not so.
+        """
+        mode = [None]
+        if self.accelerator.is_main_process:
+            mode = [self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]]
+        processed = self.ranks.from_first(mode[0]) == "processed_logprobs"
+        if self.cfg.rl.importance_cap is not None and not processed:
+            raise UserError("--importance-cap needs a server started with --logprobs-mode processed_logprobs")
+        return processed
 
     @property
     def step(self) -> int:
@@ -251,8 +270,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         return [problems.encode_prompt(self.x.tokenizer, t) for t in self.tasks], None, {}
 
     def _generate_single_turn(self, prompt_ids: list, images: Any, multimodal_fields: Any, *_: Any, **__: Any) -> Any:
-        """TRL's (transformers or vLLM) for the student's rows; cached ids for the others. No log-probs: a token's ratio
-        is 1, for the student since there is one inner step and for the teacher since there is nothing to divide by.
+        """TRL's (transformers or vLLM) for the student's rows; cached ids for the others. TRL is told no log-probs:
+        what vLLM drew at goes into the batch, as ``logp`` of a row.
 
         The generator is a function of (seed, step, process), so that processes write different rollouts.
         """
@@ -261,9 +280,12 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         rows = [i for i, r in enumerate(self.cached) if r is None]
         torch.manual_seed(random.Random(f"{self.cfg.seed} {self.step} {self.ranks.rank} trained").getrandbits(63))
         n, chosen = self.cfg.rl.group - self.cfg.n_teacher, [prompt_ids[i] for i in rows]
-        found = super()._generate_single_turn(chosen, images, multimodal_fields, n)[0]
-        for i, ids in zip(rows, found, strict=True):
+        found, said = super()._generate_single_turn(chosen, images, multimodal_fields, n)
+        self.logp: list[tuple[float, ...] | None] = [None] * len(written)
+        for at, (i, ids) in enumerate(zip(rows, found, strict=True)):
             written[i] = ids
+            if said is not None and self.processed:
+                self.logp[i] = tuple(math.nan if p is None else p for p in said[at])
         self.gen_seconds = time.perf_counter() - began
         return written, None
 
@@ -271,7 +293,8 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         """This process's rollouts in the order of their groups (TRL shuffles rows)."""
         back = inputs["row"].argsort()
         seconds = {"gen": self.gen_seconds, "grade": self.environment.seconds}
-        made = collated(self.x, self.environment.rollouts, seconds)
+        rows = [replace(r, logp=p) for r, p in zip(self.environment.rollouts, self.logp, strict=True)]
+        made = collated(self.x, rows, seconds)
         return replace(made, is_student=~inputs["is_teacher"][back])
 
     # --- the step

@@ -7,6 +7,7 @@ gate, up itself, and takes any part of a model.
 What is said of vLLM here was read in the source of 0.30.0. None of it has been run, for want of a GPU.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from projected_grpo import models
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
-from projected_grpo.data_types import Sampling
+from projected_grpo.data_types import Completion, Sampling
 
 HOTTEST = 2.0
 """vLLM's highest temperature."""
@@ -75,6 +76,7 @@ def engine(model: nn.Module, cfg: Config) -> Any:
             gpu_memory_utilization=cfg.model.vllm_memory,
             max_model_len=cfg.data.max_prompt + cfg.rl.max_new,
             max_num_batched_tokens=BATCHED_TOKENS,
+            logprobs_mode="processed_logprobs",  # of the distribution drawn from: at the temperature, in the nucleus
         )
     except ValueError as error:
         reason = " ".join(str(error).split())
@@ -113,8 +115,11 @@ class VllmSampler:
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
-    ) -> list[list[int]]:
-        """As ``sampling.sample`` returns them. how.pad is not needed: rows do not wait for one another."""
+    ) -> list[Completion]:
+        """As ``sampling.sample`` returns them. how.pad is not needed: rows do not wait for one another.
+
+        Raises FloatingPointError where a log-prob is no number.
+        """
         from vllm import SamplingParams
 
         self.push()
@@ -125,9 +130,18 @@ class VllmSampler:
         seeds = torch.randint(1 << 62, (len(rows),), generator=generator, device=generator.device)
         # ignore_eos, as vLLM would also end at whatever the model's generation_config.json names; ours is in the output
         settings = {"max_tokens": how.max_new, "stop_token_ids": list(how.eos), "ignore_eos": True, "detokenize": False}
-        settings |= {"temperature": how.temperature, "top_p": how.top_p}
+        settings |= {"temperature": how.temperature, "top_p": how.top_p, "logprobs": 0}  # 0: of the drawn token alone
         asked = [SamplingParams(seed=seed, **settings) for seed in seeds.tolist()]
-        return [list(o.outputs[0].token_ids) for o in self.llm.generate(rows, asked, use_tqdm=False)]
+        return [completion(o.outputs[0]) for o in self.llm.generate(rows, asked, use_tqdm=False)]
+
+
+def completion(output: Any) -> Completion:
+    """Of vLLM's ``CompletionOutput``: its tokens and the log-prob of each."""
+    ids = tuple(output.token_ids)
+    logp = tuple(float(at[token].logprob) for token, at in zip(ids, output.logprobs, strict=True))
+    if not all(map(math.isfinite, logp)):
+        raise FloatingPointError("vLLM drew a token whose log-prob is no number: its weights are damaged")
+    return Completion(ids, logp)
 
 
 def alike(a: Tensor | None, b: Tensor | None) -> bool:
