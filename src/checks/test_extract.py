@@ -111,12 +111,15 @@ def test_cache_key_follows_every_ingredient(organism):
         vhack.cache_key(knobs, chosen, replace(cfg, rl=replace(cfg.rl, max_new=80))),
     ]
     module = next(iter(knobs.modules.values()))
-    for part in (module.linear.weight, module.delta):
+    for part in (module.U, module.delta):
         kept = part.data.clone()
         part.data.view(-1)[0] += 1e-3
         others.append(vhack.cache_key(knobs, chosen, cfg))
         part.data.copy_(kept)
-    assert len({key, *others}) == 7
+    changed, _ = models.load(ModelCfg())
+    next(iter(antipasto.targets(changed).values())).weight.data[0, 0] += 1e-3
+    others.append(vhack.cache_key(antipasto.wrap(changed, cfg.cache), chosen, cfg))
+    assert len({key, *others}) == 8
     assert key == vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, k=4, tau_axis=0.1)))  # fits V
 
 

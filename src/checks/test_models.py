@@ -129,27 +129,107 @@ def test_bf16_row_gradients_point_where_float32s_do(kind, cache, batch):
     assert F.cosine_similarity(*flat, dim=0) > 0.98
 
 
-def test_svd_is_cached_by_content_batched_by_shape_and_resumed(cache, monkeypatch):
+def named(weights) -> dict[str, torch.Tensor]:
+    return {f"w{i}": w for i, w in enumerate(weights)}
+
+
+def test_svd_is_cached_by_content_in_the_weights_dtype(cache, monkeypatch):
     weights = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 8), torch.randn(6, 4).to(torch.bfloat16)]
-    calls, plain = [], torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda W, **kw: (calls.append(tuple(W.shape)), plain(W, **kw))[1])
-    paths = antipasto.factor(weights[:1], cache)
-    assert antipasto.factor([*weights, weights[0].clone()], cache)[::4] == paths * 2
-    assert sorted(calls) == [(1, 4, 8), (1, 6, 4), (2, 6, 4)]  # the first is not done again, float32 twice and bfloat16
-    for w, path in zip(weights, antipasto.factor(weights, cache), strict=True):
-        U, Vh = antipasto.load(path)
-        assert U.dtype == torch.float32
-        middle = U.T @ w.float() @ Vh.T
-        torch.testing.assert_close(middle, middle.diagonal().diag(), atol=1e-5, rtol=0)
-        torch.testing.assert_close(U @ middle @ Vh, w.float(), atol=1e-5, rtol=0)
-    assert len(calls) == 3
-    antipasto.factor([weights[0] + 1e-6], cache)
-    assert len(calls) == 4
+    made, plain = [], antipasto.basis_of
+    monkeypatch.setattr(antipasto, "basis_of", lambda W, rank: (made.append((tuple(W.shape), rank)), plain(W, rank))[1])
+    first = antipasto.factor(named(weights[:1]), cache)["w0"]
+    paths = antipasto.factor(named([*weights, weights[0].clone()]), cache)
+    assert paths["w0"] == paths["w4"] == first
+    assert len(made) == 4  # the first is not done again
+    for name, w in named(weights).items():
+        U, Vh = antipasto.load(antipasto.factor(named(weights), cache)[name])
+        assert U.dtype == Vh.dtype == w.dtype
+        exact = plain(w)  # what the adapter would hold of it, half the bytes or not
+        assert torch.equal(U, exact[0].to(w.dtype))
+        assert torch.equal(Vh, exact[1].to(w.dtype))
+        assert max(antipasto.errors_of(w.float(), *exact)) < antipasto.EXACT
+    antipasto.factor(named([weights[0] + 1e-6]), cache)
+    assert len(made) == 5
+    antipasto.factor(named(weights[:1]), cache, rank=2)
+    assert made[5:] == [((6, 4), 2)]
+
+
+def of_spectrum(o: int, i: int, sigma: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A float32 matrix with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(n, len(sigma), generator=generator, dtype=torch.float64))[0] for n in (o, i))
+    return ((U * sigma.double()) @ V.T).float()
+
+
+FALLING = torch.logspace(0, -5, 60)
+
+
+@pytest.mark.parametrize(("o", "i"), [(60, 150), (150, 60), (60, 60)])
+@pytest.mark.parametrize("sigma", [FALLING, torch.ones(60), FALLING * (torch.arange(60) < 40), torch.zeros(60)])
+def test_the_gram_route_is_an_svd_whatever_the_spectrum(o, i, sigma):
+    """Falling by 1e5, all alike, of rank 40, and zero."""
+    W = of_spectrum(o, i, sigma)
+    U, Vh = antipasto.gram_basis(W)
+    assert max(antipasto.errors_of(W, U.float(), Vh.float())) < antipasto.EXACT
+    found = (U.T @ W.double() @ Vh.T).diagonal()
+    torch.testing.assert_close(found, torch.linalg.svdvals(W.double()), rtol=1e-5, atol=1e-7)
+    few = antipasto.gram_basis(W, 5)
+    assert [tuple(t.shape) for t in few] == [(o, 5), (5, i)]
+    assert max(antipasto.errors_of(W, *few)) < antipasto.EXACT
+
+
+def test_a_rank_computes_what_it_keeps(monkeypatch):
+    """The same subspace as the whole factorisation's, from no larger eigenproblem than the block's."""
+    W, sizes, plain = of_spectrum(120, 200, torch.logspace(0, -3, 120)), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda G: (sizes.append(len(G)), plain(G))[1])
+    U, Vh = antipasto.basis_of(W, 6)
+    assert max(sizes) == 2 * 6 + 8
+    whole_U, _, whole_Vh = torch.linalg.svd(W.double())
+    for ours, theirs in ((U, whole_U[:, :6]), (Vh.T, whole_Vh[:6].T)):
+        torch.testing.assert_close((ours.double() * theirs).sum(0).abs(), torch.ones(6).double(), rtol=0, atol=1e-5)
+    noise = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))  # hardly a gap between two values
+    assert max(antipasto.errors_of(noise, *antipasto.basis_of(noise, 6))) < antipasto.EXACT
+
+
+def test_a_large_matrix_and_one_of_given_rank_take_the_gram_route(monkeypatch):
+    asked, plain = [], antipasto.gram_basis
+    monkeypatch.setattr(
+        antipasto, "gram_basis", lambda W, rank: (asked.append((tuple(W.shape), rank)), plain(W, rank))[1]
+    )
+    monkeypatch.setattr(antipasto, "LARGE", 20)
+    for W, rank in ((torch.randn(19, 40), None), (torch.randn(40, 20), None), (torch.randn(8, 8), 2)):
+        assert antipasto.basis_of(W, rank)[0].dtype is torch.float32
+    assert asked == [((40, 20), None), ((8, 8), 2)]
+
+
+@pytest.mark.parametrize("spoiled", ["skewed", "swapped", "not a number"])
+def test_a_basis_that_is_none_is_refused_by_its_weights_name(spoiled, cache, monkeypatch):
+    def wrong(W, rank):
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        if spoiled == "skewed":
+            return U @ torch.eye(4).index_fill(0, torch.tensor(0), 1e-4).fill_diagonal_(1), Vh
+        return (U.flip(1), Vh) if spoiled == "swapped" else (U * torch.nan, Vh)
+
+    monkeypatch.setattr(antipasto, "basis_of", wrong)
+    with pytest.raises(UserError, match=r"SVD of model.layers.3.mlp.up_proj failed.*--layers") as error:
+        antipasto.factor({"model.layers.3.mlp.up_proj": of_spectrum(6, 4, torch.tensor([4.0, 3, 2, 1]))}, cache)
+    assert "\n" not in str(error.value)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_a_cached_basis_that_was_cut_short_is_one_line_before_anything_is_factored(cache, monkeypatch):
+    old, new = torch.randn(6, 4), torch.randn(6, 4)
+    path = antipasto.factor({"old": old}, cache)["old"]
+    os.truncate(path, path.stat().st_size - 8)
+    monkeypatch.setattr(antipasto, "basis_of", lambda *_: pytest.fail("the cache was not looked at first"))
+    with pytest.raises(UserError, match=r"cut short or damaged .* remove it") as error:
+        antipasto.factor({"new": new, "old": old}, cache)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatch):
-    weights, written, save = [torch.randn(5, 3) for _ in range(4)], [], antipasto.save
-    monkeypatch.setattr(antipasto, "BATCH_FLOATS", 15)
+    weights, written, save = named([torch.randn(5, 3) for _ in range(4)]), [], antipasto.save
 
     def fails_at_the_third(U, Vh, path):
         if len(written) == 2:

@@ -1,14 +1,15 @@
-"""Singular bases of a model's weights: computed in float32, kept on disk by content, resumed where they were left.
+"""Singular bases of a model's weights, checked, kept on disk by content, resumed where they were left; the adapter that
+trains gains in them.
 
-Weights of equal shape are factored in one batched call, on the GPU where they lie there. Each basis is written as soon
-as its batch is done, so that an interrupted factorisation goes on from there.
+A weight is factored where it lies, and its basis is written as soon as it is made, so that an interrupted factorisation
+goes on from there.
 """
 
 import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,21 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from loguru import logger
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from projected_grpo.config import UserError
 
-BATCH_FLOATS = 1 << 27
-"""Floats of weights factored in one call (512 MB in float32)."""
+Basis = tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]
+"""U and Vh of W = U Σ Vh, singular values descending."""
+
+EXACT = 1e-5
+"""Errors of a basis at most: see ``errors_of``."""
+
+LARGE = 1024
+"""Short side from which on a CPU, too, takes the route by the Gram matrix."""
 
 SLOW_S = 5.0
 """An estimate is logged when what is left takes longer than this."""
@@ -33,19 +41,103 @@ SLOW_S = 5.0
 
 def digest(tensor: Tensor) -> str:
     """sha256 over a tensor's bytes, dtype and shape."""
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw).hexdigest()
+    found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
-def path_of(weight: Tensor, cache: Path) -> Path:
+# --------------------------------------------------------------------------------------------------- singular vectors
+
+
+def basis_of(W: Float[Tensor, "o i"], rank: int | None = None) -> Basis:
+    """The singular vectors of W, the first ``rank`` of them alone where that is given, in float32 or wider.
+
+    A small matrix on a CPU goes to LAPACK's SVD, whose bits the results in docs/results.md rest on. Elsewhere SVD is
+    slow (cuSOLVER's Jacobi sweeps run matrix by matrix) or computes what is not kept: ``gram_basis``.
+    """
+    exact = torch.promote_types(W.dtype, torch.float32)
+    if rank is None and not W.is_cuda and min(W.shape) < LARGE:
+        U, _, Vh = torch.linalg.svd(W.to(exact), full_matrices=False)
+        return U, Vh
+    U, Vh = gram_basis(W, rank)
+    return U.to(exact), Vh.to(exact)
+
+
+def gram_basis(W: Float[Tensor, "o i"], rank: int | None = None) -> Basis:
+    """By A Aᵀ = Q Λ Qᵀ, A being W or Wᵀ with its short side n first, and Aᵀ Q = P R, whose R is Σ but for signs:
+    A = Q Σ Pᵀ. In float64: an axis is off by ε σ₁² / σ, which float32 cannot afford. Householder's P is orthonormal
+    whatever σ is, 0 included.
+    """
+    wide = W.shape[0] <= W.shape[1]
+    A = W.double() if wide else W.double().T
+    Q = leading_eigenvectors(A @ A.T, min(rank or len(A), len(A)))
+    P, R = torch.linalg.qr(A.T @ Q)
+    P = P * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return (Q, P.T) if wide else (P, Q.T)
+
+
+ROUNDS, POWERS, CONVERGED = 40, 3, 1e-11
+
+
+def leading_eigenvectors(G: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
+    """Of a positive G, by descending eigenvalue.
+
+    A few of many by iterating a block of twice as many (Rayleigh and Ritz): G Q costs n² a column and LAPACK's
+    reduction n³, which it saves no part of for eigenvectors that nobody wants. All of them where the block would be
+    most of G, or where ``ROUNDS`` leave ‖G q − λ q‖ over ``CONVERGED`` λ₁.
+    """
+    block = 2 * rank + 8
+    if 3 * block < len(G):
+        start = torch.randn(len(G), block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        Q = torch.linalg.qr(start.to(G.device))[0]
+        for _ in range(ROUNDS):
+            for _ in range(POWERS):
+                Q = torch.linalg.qr(G @ Q)[0]
+            values, turn = torch.linalg.eigh(Q.T @ G @ Q)
+            Q, values = Q @ turn.flip(1), values.flip(0)
+            off = (G @ Q[:, :rank] - Q[:, :rank] * values[:rank]).norm(dim=0).max()
+            if off <= CONVERGED * values[0]:
+                return Q[:, :rank]
+    return torch.linalg.eigh(G)[1].flip(1)[:, :rank]
+
+
+def errors_of(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"]) -> tuple[float, float]:
+    """(orthogonality, reconstruction): the largest of |Uᵀ U − I| and |Vh Vhᵀ − I|, and the larger of ‖Uᵀ W − Σ Vh‖ and
+    ‖W Vhᵀ − U Σ‖ over ‖W‖, Σ = diag(Uᵀ W Vhᵀ). At full rank the latter is ‖W − U Σ Vh‖; at a lower one it is 0 for
+    singular vectors and for nothing else.
+    """
+    W, one = W.to(U), torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+    left, right = U.T @ W, W @ Vh.T
+    sigma = (left * Vh).sum(1)
+    orthogonality = torch.maximum((U.T @ U - one).abs().max(), (Vh @ Vh.T - one).abs().max())
+    off = torch.maximum((left - sigma[:, None] * Vh).norm(), (right - U * sigma).norm())
+    return float(orthogonality), float(off / W.norm().clamp(min=torch.finfo(U.dtype).tiny))
+
+
+# ------------------------------------------------------------------------------------------------------ bases on disk
+
+
+def path_of(weight: Tensor, cache: Path, rank: int | None = None) -> Path:
     """Where the basis of exactly these bytes is kept."""
-    return cache / "svd" / f"{digest(weight)}.safetensors"
+    return cache / "svd" / f"{digest(weight)}{'' if rank is None else f'-{rank}'}.safetensors"
 
 
-def load(path: Path) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-    """U and Vh as they were written."""
-    both = load_file(path)
-    return both["U"], both["Vh"]
+def load(path: Path) -> Basis:
+    """U and Vh as they were written. Raises UserError when the file is damaged."""
+    try:
+        both = load_file(path)
+        return both["U"], both["Vh"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}): remove it, and it is made anew") from None
+
+
+def whole(path: Path) -> Path:
+    """The path, whose header says as many bytes as there are. Raises UserError; nothing is read but that header."""
+    try:
+        with safe_open(path, "pt"):
+            return path
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut short or damaged ({error}): remove it, and it is made anew") from None
 
 
 def save(U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], path: Path) -> None:
@@ -61,36 +153,37 @@ def cost(shape: Sequence[int]) -> float:
     return float(shape[0] * shape[1] * min(shape))
 
 
-def factor(weights: Sequence[Float[Tensor, "_o _i"]], cache: Path) -> list[Path]:
-    """Make sure that every weight's basis is on disk, W = U Σ Vh in float32 or wider; the files, in order.
+def factor(weights: Mapping[str, Float[Tensor, "_o _i"]], cache: Path, rank: int | None = None) -> dict[str, Path]:
+    """Make sure that every weight's basis is on disk; the files, by the weights' names.
 
-    Equal weights are factored once. Progress is a bar in units of ``cost``; after the first batch the time that is
-    left is estimated and logged.
+    A basis is computed in float32 or wider, checked there, and written in its weight's dtype, which is what the adapter
+    holds it in. Equal weights are factored once. Progress is a bar in units of ``cost``; after the first the time that
+    is left is estimated and logged. Raises UserError naming the weight whose basis is none, or a file that is damaged.
     """
-    paths = [path_of(w, cache) for w in weights]
-    missing = {p: w for p, w in zip(paths, weights, strict=True) if not p.exists()}
-    by_shape: dict[tuple[int, ...], list[Path]] = {}
-    for path, w in missing.items():
-        by_shape.setdefault(tuple(w.shape), []).append(path)
-    total = sum(cost(w.shape) for w in missing.values())
+    paths = {name: path_of(w, cache, rank) for name, w in weights.items()}
+    missing = {path: name for name, path in paths.items() if not (path.exists() and whole(path))}
+    total = sum(cost(weights[name].shape) for name in missing.values())
     start, told = time.perf_counter(), False
     with tqdm(total=100, desc="SVD", unit="%", leave=False, disable=not missing, bar_format="{l_bar}{bar}|") as bar:
-        for shape, its in by_shape.items():
-            size = max(1, BATCH_FLOATS // (shape[0] * shape[1]))
-            for lot in (its[i : i + size] for i in range(0, len(its), size)):
-                exact = torch.promote_types(missing[lot[0]].dtype, torch.float32)
-                stack = torch.stack([missing[p].detach().to(exact) for p in lot])
-                U, _, Vh = torch.linalg.svd(stack, full_matrices=False)
-                for i, path in enumerate(lot):
-                    save(U[i], Vh[i], path)
-                bar.update(100 * len(lot) * cost(shape) / total)
-                left = (time.perf_counter() - start) * (100 - bar.n) / max(bar.n, 1e-9)
-                if not told and left > SLOW_S:
-                    logger.info(
-                        "SVD of {} weights: about {:.0f} s left; a restart goes on from here", len(missing), left
-                    )
-                    told = True
+        for path, name in missing.items():
+            W = weights[name].detach()
+            U, Vh = basis_of(W, rank)
+            errors = errors_of(W, U, Vh)
+            if not max(errors) <= EXACT:  # nor NaN
+                raise UserError(
+                    f"the SVD of {name} failed: orthogonal to {errors[0]:.0e}, W to {errors[1]:.0e}, not {EXACT:.0e}; "
+                    "look at that weight, or leave its layer out with --layers"
+                )
+            save(U.to(W.dtype), Vh.to(W.dtype), path)
+            bar.update(100 * cost(W.shape) / total)
+            left = (time.perf_counter() - start) * (100 - bar.n) / max(bar.n, 1e-9)
+            if not told and left > SLOW_S:
+                logger.info("SVD of {} weights: about {:.0f} s left; a restart goes on from here", len(missing), left)
+                told = True
     return paths
+
+
+# --------------------------------------------------------------------------------------------------------- the adapter
 
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
@@ -139,15 +232,18 @@ def round_stochastic(w: Float[Tensor, "o i"], dtype: torch.dtype, seed: int) -> 
 
 
 class AntipastoLinear(nn.Module):
-    """A frozen Linear with knobs ``delta`` (δS) and ``delta_hack`` (δS_hack), both float32 of shape (r,).
+    """A frozen Linear with knobs ``delta`` (δS) and ``delta_hack`` (δS_hack), both float32 of shape (r,). ``content``:
+    the ``digest`` of W, taken once.
 
     ``acting``: the gains in use (r,), ``merged``: W' made with them; both None where W itself is in use. ``eps``, set
     by ``row_gradients`` around a backward, is the (b, r) zero leaf that receives each row's gradient.
     """
 
-    def __init__(self, linear: nn.Linear, U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], seed: int) -> None:
+    def __init__(
+        self, linear: nn.Linear, U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], seed: int, content: str = ""
+    ) -> None:
         super().__init__()
-        self.linear, self.seed = linear.requires_grad_(False), seed
+        self.linear, self.seed, self.content = linear.requires_grad_(False), seed, content
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
         self.register_buffer("U", U.to(linear.weight), persistent=False)
         self.register_buffer("Vh", Vh.to(linear.weight), persistent=False)
@@ -271,15 +367,15 @@ def targets(model: nn.Module, layers: Sequence[float] = (0.0, 1.0)) -> dict[str,
 def wrap(model: nn.Module, cache: Path, layers: Sequence[float] = (0.0, 1.0), svd_rank: int | None = None) -> Knobs:
     """Freeze the model and put an adapter on every one of its ``targets``.
 
-    svd_rank: keep the top m singular axes only. Raises UserError when no Linear is left to wrap.
+    svd_rank: compute and keep the top m singular axes only. Raises UserError when no Linear is left to wrap.
     """
     model.requires_grad_(False)
     modules: dict[str, AntipastoLinear] = {}
     linears = targets(model, layers)
-    for (name, linear), path in zip(linears.items(), factor([m.weight for m in linears.values()], cache), strict=True):
+    for name, path in factor({n: m.weight for n, m in linears.items()}, cache, svd_rank).items():
         U, Vh = load(path)
         parent, _, leaf = name.rpartition(".")
-        modules[name] = AntipastoLinear(linear, U[:, :svd_rank], Vh[:svd_rank], seed=len(modules))
+        modules[name] = AntipastoLinear(linears[name], U, Vh, seed=len(modules), content=path.stem)
         setattr(model.get_submodule(parent), leaf, modules[name])
     logger.debug("adapters on {} Linears, {} knobs", len(modules), sum(m.delta.numel() for m in modules.values()))
     return Knobs(modules)

@@ -188,8 +188,11 @@ def _common(new: HackBasis, old: HackBasis, module: str) -> int:
 
 
 def cache_key(knobs: Knobs, chosen: Sequence[Pair], cfg: Config) -> str:
-    """sha256 over the adapted weights, the knobs, the pairs and every setting that their gradients depend on."""
-    weights = [f"{n}:{antipasto.digest(m.linear.weight)}:{antipasto.digest(m.delta)}" for n, m in knobs.modules.items()]
+    """sha256 over the adapted weights, their bases, the knobs, the pairs and every setting that their gradients depend
+    on. Of a basis, which is a function of its weight but for signs and rotations, the first row of U tells them.
+    """
+    parts = lambda m: (m.content, antipasto.digest(m.U[:1]), antipasto.digest(m.delta))
+    weights = [":".join((n, *parts(m))) for n, m in knobs.modules.items()]
     settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.rl.temperature, cfg.model.svd_rank]
     return hashlib.sha256(json.dumps([weights, pairs.digest(chosen), settings]).encode()).hexdigest()
 
