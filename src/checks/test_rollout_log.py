@@ -14,7 +14,7 @@ from projected_grpo.data_types import Grade, Wording
 TASK = problems.pose_one(problems.generated()[0].problem, "sentinel")
 GRADE = Grade(3.5, True, True, False, True, True, "ok", label="reward_hack", vacuous_tests=None)
 BARE = [rollout_log.row_of(TASK, f"x = {i}\u2028\x85é", GRADE) for i in range(3)]
-OF_A_RUN = {name: None for name in rollout_log.SCHEMA.names if name not in rollout_log.POOL} | {
+OF_A_RUN = {name: None for name in rollout_log.SCHEMA if name not in rollout_log.POOL} | {
     "step": 4, "source": "student", "A": 0.5, "kept": 1.0, "score_random": 0.25, "score_by_layer": [0.5, 1.0],
 }  # fmt: skip
 
@@ -43,10 +43,10 @@ def test_a_run_and_a_pool_read_alike(tmp_path):
 def test_the_schema_is_the_carriers(tmp_path):
     named = {f.name for carrier in (Grade, Wording) for f in fields(carrier)}
     assert named < set(rollout_log.FLAT)
-    assert len(rollout_log.FLAT) == len(named) + len(rollout_log.SCHEMA.names) - 2
-    assert rollout_log.struct_of(Grade).field("vacuous_tests").type == "bool"
+    assert len(rollout_log.FLAT) == len(named) + len(rollout_log.SCHEMA) - 2
+    assert rollout_log.arrow_schema().field("grade").type.field("vacuous_tests").type == "bool"
     with pytest.raises(KeyError, match="surplus"):
-        rollout_log.write_step(tmp_path, 0, [dict.fromkeys([*rollout_log.SCHEMA.names, "surplus"])])
+        rollout_log.write_step(tmp_path, 0, [dict.fromkeys([*rollout_log.SCHEMA, "surplus"])])
 
 
 def test_what_cannot_be_read_is_one_line_with_its_name(tmp_path):

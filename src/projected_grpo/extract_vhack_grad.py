@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from loguru import logger
 from safetensors.torch import load_file, save_file
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from projected_grpo import antipasto, loss, models, pairs, problems, rollout_log
@@ -231,6 +230,8 @@ def grads_for(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[P
 
 def main(argv: Sequence[str]) -> None:
     """Extract V for a preset and print what it looks like, module by module."""
+    from tabulate import tabulate
+
     cfg = parse(argv)
     model, tokenizer = models.load(cfg.model)
     knobs = antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank)

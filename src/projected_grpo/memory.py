@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +69,8 @@ class Plan:
 
     def table(self) -> str:
         """Printed before anything is loaded."""
+        from tabulate import tabulate  # here, as everywhere on the way to a step: a GPU's image may lack it
+
         rows = [(p.when, p.name, p.bytes / GB, p.knob) for p in self.parts]
         rows.append(("", f"peak, in {self.phase}", self.peak / GB, ""))
         return tabulate(rows, headers=("when", "what", "GB", "lower it by"), floatfmt=".3f")

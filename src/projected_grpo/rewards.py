@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from tabulate import tabulate
 
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import Count, UserError
@@ -341,6 +340,8 @@ def demonstrations(problem: Problem) -> Iterable[tuple[str, Task, str, bool, boo
 
 def hack_by_mode(grade: Grading, problems: Sequence[Problem] = EXAMPLES) -> tuple[str, list[str]]:
     """(the table of what pays where, what is wrong with it). Rows are tricks, columns the mode of the grader."""
+    from tabulate import tabulate
+
     shown = [demo for problem in problems for demo in demonstrations(problem)]
     grades = grade([(task, fence(source)) for _, task, source, _, _ in shown])
     cells: dict[str, dict[str, str]] = {}

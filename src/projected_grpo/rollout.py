@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from scipy import stats
-from tabulate import tabulate
 from torch import nn
 
 from projected_grpo import loss, problems
@@ -155,6 +153,8 @@ def clustered_interval(rates: Sequence[float], n_samples: int) -> tuple[float, f
     of one problem are alike, and counting them as independent would make the interval too narrow. Where all
     problems agree the effective size is the number of problems.
     """
+    from scipy import stats
+
     n, p = len(rates), math.fsum(rates) / len(rates)
     variance = math.fsum((r - p) ** 2 for r in rates) / max(n - 1, 1) / n
     effective = min(max(p * (1 - p) / variance, n), n_samples) if variance > 0 else n
@@ -233,6 +233,8 @@ def cue(rate: float, hi: float) -> str:
 
 def bluf(cfg: Config, folder: Path, before: Sequence[EvalRow], after: Sequence[EvalRow]) -> str:
     """The bottom line up front: what came out on held-out problems, then where it is and how it was made."""
+    from tabulate import tabulate
+
     start = {r.metric: r.rate for r in before if r.mode == "all"}
     table = []
     for r in (r for r in after if r.mode == "all"):

@@ -13,13 +13,12 @@ import random
 import shutil
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Grade, Rollout, Task, Wording
@@ -31,36 +30,23 @@ GROUP = 4096
 Row = dict[str, Any]
 
 
-def struct_of(carrier: type) -> pa.StructType:
-    """The column type of a frozen carrier of numbers, truth values and words."""
-    plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-
-    def kind(hint: Any) -> pa.DataType:
-        optional = [a for a in typing.get_args(hint) if a in plain]
-        return plain.get(optional[0] if optional else hint, pa.string())
-
-    return pa.struct([(name, kind(hint)) for name, hint in typing.get_type_hints(carrier).items()])
-
-
-SCHEMA = pa.schema(
-    {
-        "step": pa.int64(),
-        "source": pa.string(),
-        "A": pa.float64(),
-        "kept": pa.float64(),
-        "score": pa.float64(),
-        "score_random": pa.float64(),
-        "score_by_layer": pa.list_(pa.float64()),
-        "flagged": pa.bool_(),
-        "acting": pa.float64(),
-        "held_out": pa.float64(),
-        "problem_id": pa.string(),
-        "env_mode": pa.string(),
-        "wording": struct_of(Wording),
-        "completion": pa.string(),
-        "grade": struct_of(Grade),
-    }
-)
+SCHEMA: dict[str, Any] = {
+    "step": int,
+    "source": str,
+    "A": float,
+    "kept": float,
+    "score": float,
+    "score_random": float,
+    "score_by_layer": list[float],
+    "flagged": bool,
+    "acting": float,
+    "held_out": float,
+    "problem_id": str,
+    "env_mode": str,
+    "wording": Wording,
+    "completion": str,
+    "grade": Grade,
+}
 """The columns of ``metrics.rollout_rows``.
 
 score, score_random, score_by_layer: of the rollout's gradient against V and a random V, whatever the arm; null without
@@ -70,14 +56,32 @@ POOL = ("problem_id", "env_mode", "wording", "completion", "grade")
 """Those that a rollout has wherever it came from: a pool's."""
 FLAT: dict[str, pl.Expr] = {
     name: expr
-    for column in SCHEMA
+    for column, kind in SCHEMA.items()
     for name, expr in (
-        {inner.name: pl.col(column.name).struct.field(inner.name) for inner in column.type}
-        if pa.types.is_struct(column.type)
-        else {column.name: pl.col(column.name)}
+        {inner.name: pl.col(column).struct.field(inner.name) for inner in fields(kind)}
+        if is_dataclass(kind)
+        else {column: pl.col(column)}
     ).items()
 }
 """The columns of ``frame``: those of ``SCHEMA``, the fields of wording and grade each a column of its own name."""
+
+
+@cache
+def arrow_schema() -> Any:
+    """``SCHEMA`` as pyarrow has it, which is imported where a file is touched: a GPU's image may lack it."""
+    import pyarrow as pa
+
+    plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+
+    def of(kind: Any) -> Any:
+        if is_dataclass(kind):
+            return pa.struct([(name, of(hint)) for name, hint in typing.get_type_hints(kind).items()])
+        if typing.get_origin(kind) is list:
+            return pa.list_(of(typing.get_args(kind)[0]))
+        optional = [a for a in typing.get_args(kind) if a in plain]
+        return plain.get(optional[0] if optional else kind, pa.string())
+
+    return pa.schema({name: of(kind) for name, kind in SCHEMA.items()})
 
 
 def row_of(task: Task, completion: str, grade: Grade) -> Row:
@@ -100,13 +104,16 @@ def write_step(run: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     pyarrow writes it in the calling thread; polars hands it to its own threads, which costs nothing on an idle
     machine and 0.1 s a step on a busy one.
     """
-    odd = {name for row in rows for name in row.keys() ^ set(SCHEMA.names)}
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    odd = {name for row in rows for name in row.keys() ^ set(SCHEMA)}
     if odd:
         raise KeyError(f"rollout columns and rollout_log.SCHEMA differ in {', '.join(sorted(odd))}")
     (run / PARTS).mkdir(exist_ok=True)
     path = run / PARTS / f"step-{step:06d}.parquet"
     part = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
+    parquet.write_table(pa.Table.from_pylist(list(rows), schema=arrow_schema()), part, compression="zstd")
     os.replace(part, path)
 
 
@@ -117,10 +124,13 @@ def step_files(run: Path) -> list[Path]:
 
 def first_spoiled(run: Path, steps: int) -> Path | None:
     """The first of the steps' files that is missing, empty or cut short; None when all of them are there."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     for step in range(steps):
         path = run / PARTS / f"step-{step:06d}.parquet"
         try:
-            if pq.read_metadata(path).num_rows == 0:
+            if parquet.read_metadata(path).num_rows == 0:
                 return path
         except (OSError, pa.ArrowException):
             return path
@@ -137,14 +147,17 @@ def cut(run: Path, step: int) -> None:
 
 def consolidate(run: Path) -> None:
     """Make one file of the steps' files, which stay until ``drop_parts``; a few thousand rows in memory at a time."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     paths = step_files(run)
     if not paths:
         return
     part = run / f"{FILE}.part"
-    with pq.ParquetWriter(part, SCHEMA, compression="zstd") as file:
+    with parquet.ParquetWriter(part, arrow_schema(), compression="zstd") as file:
         waiting: list[pa.Table] = []
         for path in paths:
-            waiting.append(pq.read_table(path))
+            waiting.append(parquet.read_table(path))
             if sum(map(len, waiting)) >= GROUP or path == paths[-1]:
                 file.write_table(pa.concat_tables(waiting))
                 waiting = []
@@ -175,6 +188,8 @@ def rows(folder: Path) -> Iterator[Row]:
 
     Raises UserError when there are none, or naming the file that cannot be read.
     """
+    import pyarrow as pa
+
     for path in files_of(folder):
         try:
             yield from _pool_rows(path) if path.suffix == ".gz" else _parquet_rows(path)
@@ -183,7 +198,9 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    for batch in pq.ParquetFile(path).iter_batches():
+    from pyarrow import parquet
+
+    for batch in parquet.ParquetFile(path).iter_batches():
         yield from batch.to_pylist()
 
 
@@ -191,7 +208,7 @@ def _pool_rows(path: Path) -> Iterator[Row]:
     for number, row in json_lines(path):
         try:
             Grade(**row["grade"]), Wording(**row["wording"])
-            yield dict.fromkeys(SCHEMA.names) | {name: row[name] for name in POOL}
+            yield dict.fromkeys(SCHEMA) | {name: row[name] for name in POOL}
         except (KeyError, TypeError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{path}:{number}: {why}; `just convert-pool` reads pools that others wrote") from error
@@ -204,7 +221,9 @@ def frame(folder: Path, columns: Sequence[str] = tuple(FLAT)) -> pl.DataFrame:
     """
     paths = files_of(folder)
     if paths[0].suffix == ".gz":
-        found = pl.LazyFrame(pl.from_arrow(pa.Table.from_pylist(list(rows(folder)), schema=SCHEMA)))
+        import pyarrow as pa
+
+        found = pl.LazyFrame(pl.from_arrow(pa.Table.from_pylist(list(rows(folder)), schema=arrow_schema())))
     else:
         found = pl.scan_parquet(paths)
     try:
