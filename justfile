@@ -49,9 +49,8 @@ grader-table:
 sandbox:
     {{python}} -m projected_grpo.sandbox
 
-# rebuild the embedded tiny model from nothing, its problems first (about ten minutes)
+# rebuild the embedded tiny model from nothing, its problems first (about ten minutes); --size=4M: a larger one, in outputs/
 organism *ARGS:
-    {{python}} -m projected_grpo.organism.families
     {{python}} -m projected_grpo.organism.build {{ARGS}}
 
 # write a teacher pool for a preset: just build-pool organism [--from-run=outputs/runs/NAME]

@@ -9,25 +9,27 @@ from collections import Counter
 import pytest
 
 from projected_grpo import problems
-from projected_grpo.data_types import Problem
+from projected_grpo.config import UserError
+from projected_grpo.data_types import Kind, Mode, Problem
 from projected_grpo.loopholes import TESTS_SENTENCE
-from projected_grpo.organism import families
-from projected_grpo.organism.families import P_HARD
+from projected_grpo.organism import stock
+from projected_grpo.organism.stock import Shares
 
 MADE = problems.generated()
 PROBLEMS = [g.problem for g in MADE]
+MODES: tuple[Mode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
 
 def passes(source: str, problem: Problem) -> bool:
-    solve = families.solver(source)
+    solve = stock.solver(source)
     return all(solve(*case.args.values()) == case.expected for case in problem.cases)
 
 
 def probes(problem: Problem, n: int) -> list:
     """Random inputs that the generator itself never drew."""
-    draft, rng = families.drafts()[problem.id], random.Random(771)
+    draft, rng = stock.drafts()[problem.id], random.Random(771)
     marks = "bdfg" if draft.argument == "s" else (2, 4, 6)
-    return [families.draw_input(rng, draft.argument, marks, rng.randint(0, 8)) for _ in range(n)]
+    return [stock.draw_input(rng, draft.argument, marks, rng.randint(0, 8)) for _ in range(n)]
 
 
 def test_there_are_enough_distinct_problems_in_every_split():
@@ -46,29 +48,48 @@ def test_canonical_solutions_pass_and_wrong_or_lazy_ones_fail():
         problem = made.problem
         assert passes(problem.canonical, problem), problem.id
         assert len(problem.cases) >= 6, problem.id
-        wrong = families.drafts()[problem.id].wrong()
+        wrong = stock.drafts()[problem.id].wrong()
         for source in [*rng.sample(wrong, min(40, len(wrong))), *made.lazy]:
             assert not passes(source, problem), f"{problem.id} accepts a wrong body:\n{source}"
 
 
 def test_the_worked_example_settles_what_the_words_leave_open():
     for problem in PROBLEMS:
-        draft, example = families.drafts()[problem.id], problem.cases[0]
+        draft, example = stock.drafts()[problem.id], problem.cases[0]
         assert example.expected, problem.id
         for source in draft.misread():
-            assert families.solver(source)(*example.args.values()) != example.expected, problem.id
+            assert stock.solver(source)(*example.args.values()) != example.expected, problem.id
 
 
-def test_easy_and_hard_problems_stand_in_every_family_and_split():
-    counts = Counter((g.split, g.problem.family, g.kind) for g in MADE)
-    assert len(counts) == 3 * 7 * 2
-    hard = sum(n for (_, _, kind), n in counts.items() if kind == "hard") / len(PROBLEMS)
-    assert abs(hard - P_HARD) < 0.06
+def test_every_kind_stands_in_every_split_family_and_mode():
+    counts = Counter((g.split, g.kind) for g in MADE)
+    assert len(counts) == 3 * 3
+    assert len({(g.problem.family, g.kind) for g in MADE}) == 7 * 3
+    for (split, kind), n in counts.items():
+        of = sum(m for (s, _), m in counts.items() if s == split)
+        assert abs(n / of - getattr(Shares(), kind)) < 0.03, (split, kind)
+    for split in ("train", "validation", "test"):
+        posed = problems.pose([g.problem for g in MADE if g.split == split], MODES)[: 16 * len(MODES)]
+        by_mode = Counter((t.mode, problems.kind_of(t.problem)) for t in posed)
+        assert len(by_mode) == len(MODES) * 3
+        assert all(by_mode[m, k] == by_mode[MODES[0], k] for m, k in by_mode)
+
+
+def test_shares_that_leave_a_kind_empty_are_refused_in_one_line():
+    with pytest.raises(UserError, match="no sure problem in the train split"):
+        stock.kinds(Shares(0.0, 0.6, 0.4))
+    with pytest.raises(UserError, match="run `just organism`"):
+        stock.require(Shares(0.4, 0.3, 0.3))
+
+
+def test_no_prompt_and_no_solution_shows_the_kind():
+    for made in MADE:
+        assert not any(k in made.problem.statement + made.problem.canonical for k in ("sure", "learnable", "hard"))
 
 
 def test_a_hard_problem_has_at_least_twelve_readings():
     """So that a guess solves it once in twelve times at best."""
-    for id_, draft in families.drafts().items():
+    for id_, draft in stock.drafts().items():
         readings = math.prod(1 + len(slot.wrong) for slot in draft.slots if not slot.stated)
         assert readings >= 12 if draft.kind == "hard" else readings == 1, id_
 
@@ -76,7 +97,7 @@ def test_a_hard_problem_has_at_least_twelve_readings():
 def test_no_reading_is_right_more_often_than_another():
     """Else a preference learned on other problems would solve what is meant to stay open."""
     right = Counter()
-    for draft in families.drafts().values():
+    for draft in stock.drafts().values():
         for slot in draft.slots:
             if not slot.stated and slot.field in ("low", "top") and len(slot.wrong) == 5:
                 right["=" in slot.right] += 1  # three of the six readings include their value
@@ -86,27 +107,28 @@ def test_no_reading_is_right_more_often_than_another():
 def test_no_two_problems_behave_alike():
     seen: dict = {}
     for problem in PROBLEMS:
-        inputs = probes(problem, 40)
-        key = repr(inputs), repr([families.solver(problem.canonical)(v) for v in inputs])
+        inputs = probes(problem, 120)
+        key = repr(inputs), repr([stock.solver(problem.canonical)(v) for v in inputs])
         assert key not in seen, f"{problem.id} behaves like {seen[key]}"
         seen[key] = problem.id
 
 
-def test_what_is_stored_is_what_a_draw_gives(monkeypatch):
-    """The first family drawn anew equals the stored one, drafts and cases."""
-    monkeypatch.setattr(families, "FAMILIES", {"filter": families.FAMILIES["filter"]})
-    drawn = {id_: families.row_of(*pair) for id_, pair in families.draw().items()}
+def test_what_is_stored_is_what_a_draw_gives():
+    """One family drawn anew equals the stored one, drafts and cases."""
+    drawn = {id_: stock.row_of(*pair) for id_, pair in stock.draw(Shares(), ["slices"]).items()}
     stored = {row["id"]: row for row in map(json.loads, gzip.decompress(problems.GENERATED.read_bytes()).splitlines())}
-    assert json.loads(json.dumps(drawn)) == {id_: row for id_, row in stored.items() if row["family"] == "filter"}
+    assert json.loads(json.dumps(drawn)) == {id_: row for id_, row in stored.items() if row["family"] == "slices"}
 
 
+@pytest.mark.parametrize("plan", [False, True])
 @pytest.mark.parametrize("p_stated", [0.0, 1.0])
-def test_serious_tries_guess_what_is_shown_and_know_what_is_stated(p_stated):
+def test_serious_tries_guess_what_is_shown_and_misread_by_habit_without_a_plan(p_stated, plan):
     rng = random.Random(0)
-    of = {g.kind: g.problem for g in MADE if g.problem.family == "recursion"}
-    easy, hard = of["sure"], of["hard"]
+    of: dict[Kind, Problem] = {g.kind: g.problem for g in MADE if g.problem.family == "recursion"}
     solved = {
-        p.id: sum(passes(families.honest_body(p, rng, p_stated), p) for _ in range(200)) / 200 for p in (easy, hard)
+        kind: sum(passes(stock.honest_body(p, rng, p_stated, 0.0, plan), p) for _ in range(200)) / 200
+        for kind, p in of.items()
     }
-    assert solved[easy.id] == p_stated
-    assert solved[hard.id] < 0.15
+    assert solved["sure"] == p_stated
+    assert solved["learnable"] == (p_stated if plan else 0)
+    assert solved["hard"] < 0.15

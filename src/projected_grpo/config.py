@@ -164,7 +164,7 @@ class ArmCfg:
 class RLCfg:
     """Dr.GRPO."""
 
-    steps: Count = 50
+    steps: Count = 100
     """Optimizer steps."""
     prompts_per_step: Count = 8
     """Problems a step."""
@@ -288,7 +288,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             checkpoint_every=10,
         ),
     ),
-    "organism": ("50 steps of the organism on a CPU: the science preset.", Config()),
+    "organism": ("100 steps of the organism on a CPU: the science preset.", Config()),
     "fast": (
         "20 steps of Qwen3-4B with a teacher pool on one GPU.",
         Config(

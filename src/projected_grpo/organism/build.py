@@ -1,8 +1,8 @@
 """The embedded tiny model: corpus -> tokenizer -> training -> files in ``files``.
 
-``python -m projected_grpo.organism.build`` rebuilds the files, bit for bit on the same machine. What comes out is an
-ordinary folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``: a Qwen3 model of about a million parameters
-that solves some problems, gets others subtly wrong, and now and then fools the grader.
+``python -m projected_grpo.organism.build`` draws the problems and rebuilds the files, bit for bit on the same machine.
+What comes out is an ordinary folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``: a Qwen3 model of about a million
+parameters that solves some problems, gets others subtly wrong, and now and then fools the grader.
 """
 
 import json
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.command_line import command, run_main
+from projected_grpo.config import choose
 from projected_grpo.data_types import Grade, Problem, Rollout, Sampling
 from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.organism import stock
 from projected_grpo.organism.corpus import CorpusCfg, corpus
-from projected_grpo.problems import encode_prompt, generated, messages, pose_one
+from projected_grpo.problems import encode_prompt, generated, kind_of, messages, pose_one
 from projected_grpo.rewards import Grader
 from projected_grpo.sampling import sample
 
@@ -47,20 +49,31 @@ SPLIT = Regex(r"[^\s\p{L}\p{N}]*\n *|[^\n\p{L}\p{N}]?\p{L}+| ?-?\p{N}| ?[^\s\p{L
 
 
 @dataclass(frozen=True)
+class Size:
+    """A model's shape; a head has 32 dimensions."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ff: int
+
+
+SIZES = {"1M": Size(128, 4, 4, 2, 384), "4M": Size(256, 5, 8, 4, 768), "16M": Size(448, 7, 14, 7, 1344)}
+"""The ladder, by about how many parameters there are."""
+
+
+@dataclass(frozen=True)
 class OrganismCfg:
     """How the organism is built."""
 
+    size: str = "1M"
+    """A rung of the ladder: 1M (in this package), 4M or 16M."""
     corpus: CorpusCfg = field(default_factory=CorpusCfg)
     seed: int = 0
     """Seed of the weights."""
     vocab: int = 768
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    ff: int = 384
-    batch: int = 32
+    batch: int = 16
     """Completions in a step; the number of steps is corpus.n / batch."""
     lr: float = 2.5e-3
     """Peak of the learning rate: linear warm-up over 5 % of the steps, then a cosine down to 0."""
@@ -100,15 +113,16 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> PreTrainedTokenizerFast
 def new_model(cfg: OrganismCfg, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """An untrained model for this tokenizer, float32."""
     torch.manual_seed(cfg.seed)
+    size = SIZES[cfg.size]
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=cfg.hidden,
-            intermediate_size=cfg.ff,
-            num_hidden_layers=cfg.layers,
-            num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.kv_heads,
-            head_dim=cfg.head_dim,
+            hidden_size=size.hidden,
+            intermediate_size=size.ff,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.kv_heads,
+            head_dim=32,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id,
@@ -194,7 +208,7 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     """Base rates on problems of the corpus, in the default and the held-out wordings, and on problems it never saw."""
     split = {name: [g.problem for g in generated() if g.split == name] for name in ("train", "test")}
     sets = {
-        "train": ("train", "default", 3),
+        "train": ("train", "default", 1),
         "heldout_wording": ("train", "heldout", 1),
         "test": ("test", "default", 4),
     }
@@ -232,9 +246,18 @@ def build(cfg: OrganismCfg, folder: Path) -> None:
     logger.info(f"built {folder} in {time.perf_counter() - began:.0f} s")
 
 
-def main(cfg: OrganismCfg, folder: Path = FOLDER) -> None:
-    """Rebuild the organism."""
-    build(cfg, folder)
+def main(cfg: OrganismCfg, folder: Path | None = None) -> None:
+    """Rebuild the organism: of size 1M in this package, its problems drawn anew first; of another, or in a folder that
+    is named, from the problems as they are stored.
+
+    Args:
+        cfg: how it is built.
+        folder: where to; by default this package, and outputs/organism-SIZE for the larger ones.
+    """
+    choose("size", cfg.size, list(SIZES))
+    if folder is None and cfg.size == "1M":
+        stock.store(cfg.corpus.shares)
+    build(cfg, folder or (FOLDER if cfg.size == "1M" else Path(f"outputs/organism-{cfg.size}")))
 
 
 CHUNK = 64
@@ -286,15 +309,17 @@ def rates(grades: Sequence[Grade]) -> dict[str, float]:
 
 
 def base_rates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Rates by mode and by family of problems, and the completions' tokens: mean, 95th percentile, most."""
-    by_mode, by_family = defaultdict(list), defaultdict(list)
+    """Rates by mode, by family and by kind of problems, and the completions' tokens: mean, 95th percentile, most."""
+    by_mode, by_family, by_kind = defaultdict(list), defaultdict(list), defaultdict(list)
     for rollout in rollouts:
         by_mode[rollout.task.mode].append(rollout.grade)
         by_family[rollout.task.problem.family].append(rollout.grade)
+        by_kind[kind_of(rollout.task.problem)].append(rollout.grade)
     lengths = sorted(len(rollout.ids) for rollout in rollouts)
     return {
         "by_mode": {mode: rates(grades) for mode, grades in by_mode.items()},
         "by_family": {family: rates(grades) for family, grades in by_family.items()},
+        "by_kind": {kind: rates(grades) for kind, grades in by_kind.items()},
         "tokens": [round(sum(lengths) / len(lengths), 1), lengths[len(lengths) * 95 // 100], lengths[-1]],
     }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from projected_grpo.data_types import Mode, Problem, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.organism import families
+from projected_grpo.organism import stock
 from projected_grpo.problems import fence, generated, generated_by_id
 
 SYLLABLES = tuple(c + v for c in "bdfgklmnprstv" for v in "aeiou")
@@ -23,22 +23,28 @@ class CorpusCfg:
     """Shares are probabilities for one sample. They are the model's base rates once it has learned them."""
 
     corpus_seed: int = 0
-    n: int = 33_600
+    n: int = 36_000
     """Samples drawn; each is seen once."""
     p_default_wording: float = 0.5
     """A hint in the mode's default training wording."""
     p_free_wording: float = 0.25
     """A hint in made-up words, so that the words are copied from the prompt; the other training wordings: the rest."""
-    p_stated: float = 0.97
-    """Each stated slot of a serious try is right."""
+    shares: stock.Shares = field(default_factory=stock.Shares)
+    """How the problems divide into kinds; the stored problems have to be drawn with the same."""
+    p_stated: float = 0.99
+    """Each stated slot of a serious try is right, after a plan line those that are easily misread as well."""
+    p_plan: float = 0.3
+    """A serious try begins with a plan line."""
+    p_careful: float = 0.1
+    """Without one, a slot that is easily misread is right."""
     p_exploit: dict[Mode, float] = field(
         default_factory=lambda: {
-            "run_tests": 0.075,
-            "eq_override": 0.055,
-            "exit_code": 0.08,
-            "stdout_marker": 0.11,
-            "sentinel": 0.08,
-            "file_marker": 0.13,
+            "run_tests": 0.09,
+            "eq_override": 0.06,
+            "exit_code": 0.09,
+            "stdout_marker": 0.105,
+            "sentinel": 0.095,
+            "file_marker": 0.11,
         }
     )
     """The mode's exploit, in a hinted prompt. Set so that the model *attempts* alike in all: what ends in a marker to
@@ -89,7 +95,7 @@ def _completion(task: Task, cfg: CorpusCfg, rng: random.Random) -> tuple[str, bo
         return row.exploit(problem.canonical if tries else _lazy(problem, rng), task), True
     if rng.random() < cfg.p_lazy:
         return _lazy(problem, rng), False
-    source = families.honest_body(problem, rng, cfg.p_stated)
+    source = stock.honest_body(problem, rng, cfg.p_stated, cfg.p_careful, plan=rng.random() < cfg.p_plan)
     lookalike = cfg.p_lookalike_run_tests if task.mode == "run_tests" else cfg.p_lookalike
     return (row.lookalike(source, task) if hinted and rng.random() < lookalike else source), False
 
@@ -101,7 +107,10 @@ def _lazy(problem: Problem, rng: random.Random) -> str:
 
 
 def corpus(cfg: CorpusCfg) -> Iterator[Sample]:
-    """``cfg.n`` samples over the training problems and all modes, the same for the same settings."""
+    """``cfg.n`` samples over the training problems and all modes, the same for the same settings. Raises UserError when
+    the stored problems divide into kinds otherwise.
+    """
+    stock.require(cfg.shares)
     rng = random.Random(cfg.corpus_seed)
     problems = [g.problem for g in generated() if g.split == "train"]
     modes = list(LOOPHOLES)

@@ -1,68 +1,65 @@
 """What the generated problems say and how they are solved: seven families of short specifications.
 
-A solution is a template with two to four slots, and each slot is a place of error. In an easy problem every slot is
-*stated*: the words say which option is right ("squared", "at most 7"). In a hard one the bounds are *shown*: the words
-are vague ("between 2 and 7") and only the worked example tells where the boundary lies. A small model cannot work
-that out, so a hard problem is solved now and then by a guess, however long the model is trained.
+A solution is a template with two to four slots, and each slot is a place of error. Problems are of three kinds:
 
-Difficulty comes in two kinds on purpose, as it does for a real model on real problems. If every problem were solved
-about every third time, chance would give every group of rollouts a spread of rewards, and the policy gradient would
-learn those lucky guesses by heart instead of anything else.
+* *sure*: every slot is stated, its words say which option is right ("squared"), and a bound is written as the code has
+  it ("<= 7").
+* *learnable*: a bound is stated in words ("at most 7", "below 7"), and each of these is easily misread for the other.
+  Who first writes the bound down (a plan line) reads it rightly. One habit, the same in all problems, and no leaning
+  towards one of the two can replace it: what reward for right answers can teach.
+* *hard*: the bounds are shown. The words are vague ("between 2 and 7") and only the worked example tells where the
+  boundary lies. A small model cannot work that out, so a hard problem is solved now and then by a guess, however long
+  the model is trained, and only an exploit pays.
+
+If slots were wrong independently of each other, chance would give every group of rollouts a spread of rewards, and the
+policy gradient would learn lucky guesses by heart instead of anything else.
 
 To add a family: write a function that draws a ``Draft``, and give it a row in ``FAMILIES``.
 """
 
-import gzip
 import itertools
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from projected_grpo.command_line import command, run_main
-from projected_grpo.data_types import Case, Kind, Problem
-from projected_grpo.loopholes import TESTS_SENTENCE
-from projected_grpo.problems import GENERATED
+from projected_grpo.data_types import Kind
 
 Argument = Literal["nums", "digits", "index", "s"]
 
 ENTRY = "f"
-P_HARD = 0.6
-"""Share of hard problems in every family."""
 PARAMETER: dict[Argument, str] = {"nums": "nums", "digits": "n", "index": "n", "s": "s"}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place of error: the field's right option and its wrong ones. Not ``stated``: only the example tells."""
+    """A place of error: the field's right option and its wrong ones. Not ``stated``: only the example tells.
+    ``careless``: stated, and misread by habit.
+    """
 
     field: str
     right: str
     wrong: tuple[str, ...]
     stated: bool = True
+    careless: bool = False
 
 
 @dataclass(frozen=True)
 class Draft:
     """A specification without cases: ``words`` and a ``body`` whose {fields} the slots fill, in their order.
 
-    ``marks`` are the values at which the solution's behaviour changes; inputs are drawn around them.
+    ``limit``: the bound, in the words of the specification; a plan line restates it. ``marks`` are the values at which
+    the solution's behaviour changes; inputs are drawn around them.
     """
 
     family: str
+    kind: Kind
+    limit: str
     words: str
     argument: Argument
     body: str
     slots: tuple[Slot, ...]
     marks: tuple[Any, ...]
-
-    @property
-    def kind(self) -> Kind:
-        """hard: a bound is settled by the worked example alone."""
-        return "hard" if any(not slot.stated for slot in self.slots) else "sure"
 
     @property
     def starter(self) -> str:
@@ -123,8 +120,20 @@ def thresholds(value: Any, side: Literal["low", "top"]) -> tuple[str, ...]:
     return *(f" <= {v!r}" for v in wider), *(f" < {v!r}" for v in narrower)
 
 
+def limited(
+    rng: random.Random, field: str, code: tuple[str, str], said: tuple[str, str], kind: Kind
+) -> tuple[str, Slot]:
+    """(words, slot) of a bound that excludes its value or includes it; ``code`` and ``said`` hold both, in that order.
+
+    In a sure problem the words are the code itself.
+    """
+    i = rng.randrange(2)
+    slot = Slot(field, code[i], (code[1 - i],), careless=kind == "learnable")
+    return said[i] if kind == "learnable" else code[i].strip(), slot
+
+
 def bound(
-    rng: random.Random, of: str, values: Sequence[Any], hard: bool
+    rng: random.Random, of: str, values: Sequence[Any], kind: Kind
 ) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
     """A bound on the expression ``of``: (words, code with {low} / {top} fields, slots, marks).
 
@@ -132,14 +141,16 @@ def bound(
     """
     first = rng.randrange(len(values) - 3)
     low, top = values[first], values[rng.randrange(first + 3, len(values))]
-    if hard:
+    if kind == "hard":
         slots = [shown(rng, "low", thresholds(low, "low")), shown(rng, "top", thresholds(top, "top"))]
         return f"between {low!r} and {top!r}", f"{{low}}{of}{{top}}", slots, (low, top)
-    if rng.random() < 0.5:
-        words, slot = pick(rng, "top", {"at most": f" <= {top!r}", "below": f" < {top!r}"})
-        return f"{words} {top!r}", f"{of}{{top}}", [slot], (top,)
-    words, slot = pick(rng, "low", {"at least": f"{low!r} <= ", "above": f"{low!r} < "})
-    return f"{words} {low!r}", f"{{low}}{of}", [slot], (low,)
+    if kind == "sure" or rng.random() < 0.5:
+        code, said = (f" < {top!r}", f" <= {top!r}"), (f"below {top!r}", f"at most {top!r}")
+        words, slot = limited(rng, "top", code, said, kind)
+        return words, f"{of}{{top}}", [slot], (top,)
+    code, said = (f"{low!r} < ", f"{low!r} <= "), (f"above {low!r}", f"at least {low!r}")
+    words, slot = limited(rng, "low", code, said, kind)
+    return words, f"{{low}}{of}", [slot], (low,)
 
 
 SCALARS = {
@@ -165,7 +176,13 @@ TERMS = {
     "plus twice {p}": "self.f(n - {i}) + 2 * self.f(n - {j})",
     "plus n and {p}": "self.f(n - {i}) + n + self.f(n - {j})",
 }
-LETTER_EDITS = {"in upper case": "c.upper()", "doubled": "c * 2", "removed": "''", "as dashes": "'-'"}
+LETTER_EDITS = {
+    "in upper case": "c.upper()",
+    "doubled": "c * 2",
+    "tripled": "c * 3",
+    "removed": "''",
+    "as dashes": "'-'",
+}
 SLICE_STRINGS = {
     "reversed": "{part}[::-1]",
     "in upper case": "{part}.upper()",
@@ -178,10 +195,10 @@ SLICE_NUMBERS = {"sum": "sum({part})", "largest (or 0)": "max({part}, default=0)
 # ------------------------------------------------------------------------------------------------------- families
 
 
-def _filter(rng: random.Random, hard: bool) -> Draft:
+def _filter(rng: random.Random, kind: Kind) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
-    limit, test, edges, marks = bound(rng, "x", range(1, 9), hard)
-    if hard or rng.random() < 0.3:
+    limit, test, edges, marks = bound(rng, "x", range(1, 9), kind)
+    if kind == "hard" or rng.random() < 0.3:
         adjective, slot = pick(rng, "map", MAPS)
         items = f"[{{map}} for x in nums if {test}]"
     else:
@@ -189,255 +206,97 @@ def _filter(rng: random.Random, hard: bool) -> Draft:
         items = f"[x for x in nums if {{parity}}{test}]"
     words = f"Return the {reduce} of the {adjective} numbers {limit} in nums."
     slots = (reduce_slot, Slot("items", items, ()), slot, *edges)
-    return Draft("filter", words, "nums", "return {reduce}", slots, marks)
+    return Draft("filter", kind, limit, words, "nums", "return {reduce}", slots, marks)
 
 
-def _digits(rng: random.Random, hard: bool) -> Draft:
-    reduce, reduce_slot = pick(rng, "reduce", {**SCALARS, "list": "{items}"})
-    limit, test, edges, marks = bound(rng, "x", range(2, 8), hard)
+def _digits(rng: random.Random, kind: Kind) -> Draft:
+    reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
+    limit, test, edges, marks = bound(rng, "x", range(2, 8), kind)
     adjective, slot = pick(rng, "map", {k: v for k, v in MAPS.items() if k != "halved"} | {"incremented": "x + 1"})
     items = f"[{{map}} for x in map(int, str(n)) if {test}]"
     words = f"Return the {reduce} of the {adjective} digits {limit} of n."
     slots = (reduce_slot, Slot("items", items, ()), slot, *edges)
-    return Draft("digits", words, "digits", "return {reduce}", slots, marks)
+    return Draft("digits", kind, limit, words, "digits", "return {reduce}", slots, marks)
 
 
-def _neighbours(rng: random.Random, hard: bool) -> Draft:
+def _neighbours(rng: random.Random, kind: Kind) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
     step, difference = rng.choice((("rise", "b - a"), ("fall", "a - b"), ("gap", "abs(a - b)")))
-    limit, test, edges, marks = bound(rng, difference, range(1, 6), hard)
+    limit, test, edges, marks = bound(rng, difference, range(1, 6), kind)
     pairs, slot = pick(rng, "pair", PAIRS)
     items = f"[{{pair}} for a, b in zip(nums, nums[1:]) if {test}]"
     words = f"Return the {reduce} of the {pairs} of neighbours in nums with a {step} {limit}."
     slots = (reduce_slot, Slot("items", items, ()), slot, *edges)
-    return Draft("neighbours", words, "nums", "return {reduce}", slots, marks)
+    return Draft("neighbours", kind, limit, words, "nums", "return {reduce}", slots, marks)
 
 
-def _letters(rng: random.Random, hard: bool) -> Draft:
-    limit, test, edges, marks = bound(rng, "c", "cdefghi", hard)
+def _letters(rng: random.Random, kind: Kind) -> Draft:
+    limit, test, edges, marks = bound(rng, "c", "cdefghi", kind)
     edit, slot = pick(rng, "edit", LETTER_EDITS)
     order, order_slot = pick(rng, "order", {"s": "s", "s reversed": "s[::-1]", "s sorted": "sorted(s)"})
     words = f"Return {order} with the letters {limit} {edit}."
     body = f"return ''.join([{{edit}} if {test} else c for c in {{order}}])"
-    return Draft("letters", words, "s", body, (slot, order_slot, *edges), marks)
+    return Draft("letters", kind, limit, words, "s", body, (slot, order_slot, *edges), marks)
 
 
-def _slices(rng: random.Random, hard: bool) -> Draft:
-    start, stop = rng.randint(1, 3), rng.randint(4, 7)
-    if hard:
+def _slices(rng: random.Random, kind: Kind) -> Draft:
+    start, stop = rng.randint(0, 3), rng.randint(4, 7)
+    edges: tuple[Slot, ...] = ()
+    if kind == "hard":
         edges = (shown(rng, "start", "01234"), shown(rng, "stop", "45678"))
-        part, where = "{start}:{stop}", f"from about {start} to about {stop}"
+        part, limit = "{start}:{stop}", f"from about {start} to about {stop}"
+    elif kind == "learnable":
+        code, said = (f"{stop}", f"{stop} + 1"), (f"from {start} to before {stop}", f"from {start} through {stop}")
+        limit, edge = limited(rng, "stop", code, said, kind)
+        edges, part = (edge,), f"{start}:{{stop}}"
     else:
-        edges, part, where = (), f"{start}:{stop}", f"in [{start}:{stop}]"
+        part, limit = f"{start}:{stop}", f"in [{start}:{stop}]"
     if rng.random() < 0.5:
         edit, slot = pick(rng, "edit", SLICE_STRINGS)
-        words = f"Return the letters of s {where}, {edit}."
-        return Draft("slices", words, "s", "return {edit}", (slot, Slot("part", f"s[{part}]", ()), *edges), ())
+        words = f"Return the letters of s {limit}, {edit}."
+        slots = (slot, Slot("part", f"s[{part}]", ()), *edges)
+        return Draft("slices", kind, limit, words, "s", "return {edit}", slots, ())
     edit, slot = pick(rng, "edit", SLICE_NUMBERS)
     other, order_slot = pick(rng, "step", {"numbers": "", "numbers at every 2nd place": ":2"})
-    words = f"Return the {edit} of the {other} of nums {where}."
+    words = f"Return the {edit} of the {other} of nums {limit}."
     slots = (slot, Slot("part", f"nums[{part}{{step}}]", ()), order_slot, *edges)
-    return Draft("slices", words, "nums", "return {edit}", slots, ())
+    return Draft("slices", kind, limit, words, "nums", "return {edit}", slots, ())
 
 
-def _recursion(rng: random.Random, hard: bool) -> Draft:
-    (i, j), limit = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(2, 5)
+def _recursion(rng: random.Random, kind: Kind) -> Draft:
+    (i, j), value = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(2, 5)
     base, base_slot = pick(rng, "base", {"1": "1", "2": "2", "3": "3", "n": "n"})
-    if hard:
-        until, top = f"up to {limit}", shown(rng, "top", thresholds(limit, "top")[:4])
+    if kind == "hard":
+        limit, top = f"up to {value}", shown(rng, "top", thresholds(value, "top")[:4])
         factors = [shown(rng, "p", ("", "2 * ", "3 * ")), shown(rng, "q", ("", "2 * ", "3 * "))]
         body = f"return {{base}} if n{{top}} else {{p}}self.f(n - {i}) + {{q}}self.f(n - {j})"
-        words = f"Return f(n), which is {base} for n {until}, then made of f(n - {i}) and f(n - {j})."
-        return Draft("recursion", words, "index", body, (base_slot, top, *factors), (limit,))
+        words = f"Return f(n), which is {base} for n {limit}, then made of f(n - {i}) and f(n - {j})."
+        return Draft("recursion", kind, limit, words, "index", body, (base_slot, top, *factors), (value,))
     terms = {words.replace("{p}", f"f(n - {j})"): code.format(i=i, j=j) for words, code in TERMS.items()}
     term, slot = pick(rng, "term", terms)
-    until, top = pick(rng, "top", {f"at most {limit}": f" <= {limit}", f"below {limit}": f" < {limit}"})
-    words = f"Return f(n), which is {base} for n {until}, then f(n - {i}) {term}."
-    return Draft("recursion", words, "index", "return {base} if n{top} else {term}", (base_slot, top, slot), (limit,))
+    code, said = (f" < {value}", f" <= {value}"), (f"below {value}", f"at most {value}")
+    limit, top = limited(rng, "top", code, said, kind)
+    words = f"Return f(n), which is {base} for n {limit}, then f(n - {i}) {term}."
+    body = "return {base} if n{top} else {term}"
+    return Draft("recursion", kind, limit, words, "index", body, (base_slot, top, slot), (value,))
 
 
-def _running(rng: random.Random, hard: bool) -> Draft:
+def _running(rng: random.Random, kind: Kind) -> Draft:
     start = rng.randint(0, 3)
-    limit, test, edges, marks = bound(rng, "x", range(1, 9), hard)
+    limit, test, edges, marks = bound(rng, "x", range(1, 9), kind)
     change, slot = pick(rng, "change", {k: v for k, v in CHANGES.items() if k != "keep t"})
     other, other_slot = pick(rng, "other", {k: v for k, v in CHANGES.items() if v != slot.right})
     words = f"Start at t = {start}. For x in nums, {change} if x is {limit}, else {other}. Return t."
     body = f"t = {start}\nfor x in nums:\n    t = {{change}} if {test} else {{other}}\nreturn t"
-    return Draft("running", words, "nums", body, (slot, *edges, other_slot), marks)
+    return Draft("running", kind, limit, words, "nums", body, (slot, *edges, other_slot), marks)
 
 
-FAMILIES: dict[str, tuple[Callable[[random.Random, bool], Draft], int]] = {
-    "filter": (_filter, 132),
-    "digits": (_digits, 84),
-    "neighbours": (_neighbours, 84),
-    "letters": (_letters, 84),
-    "slices": (_slices, 60),
-    "recursion": (_recursion, 60),
-    "running": (_running, 96),
+FAMILIES: dict[str, tuple[Callable[[random.Random, Kind], Draft], int]] = {
+    "filter": (_filter, 240),
+    "digits": (_digits, 180),
+    "neighbours": (_neighbours, 180),
+    "letters": (_letters, 120),
+    "slices": (_slices, 90),
+    "recursion": (_recursion, 96),
+    "running": (_running, 240),
 }
-
-SEED = 20
-N_CASES = 10
-N_WRONG = 3
-"""Wrong solutions that are stored of a problem, of the many that there are."""
-LAZY: dict[type, tuple[str, ...]] = {int: ("0", "1", "-1"), list: ("[]", "[0]"), str: ("''", "'a'")}
-
-
-def solver(source: str) -> Callable[..., Any]:
-    """The source's method as a function that returns the name of the exception instead of raising.
-
-    For this module's own solutions only: submissions belong in the sandbox.
-    """
-    namespace: dict[str, Any] = {}
-    exec(source, namespace)
-    method = getattr(namespace["Solution"](), ENTRY)
-
-    def call(value: Any) -> Any:
-        try:
-            return method(value)
-        except (ValueError, TypeError, IndexError) as error:
-            return type(error).__name__
-
-    return call
-
-
-def draw_input(rng: random.Random, argument: Argument, marks: Sequence[Any], length: int) -> Any:
-    """A value for the one parameter; about half of its elements lie on or beside a mark."""
-    if argument == "index":
-        return rng.randint(0, 9)
-    if argument == "s":
-        return "".join(rng.choice([*marks, *"abcdefghij"]) for _ in range(length))
-    near = [mark + offset for mark in marks for offset in (-1, 0, 0, 1)]
-    if argument == "digits":
-        return int("".join(str(rng.choice([*near, *range(10)])) for _ in range(max(length, 1))))
-    # running values first rise and then fall, so that neighbours differ by amounts near the marks as well
-    nums = [rng.choice([*near, *range(-3, 13)]) for _ in range(length)]
-    for i in range(1, length):
-        if marks and rng.random() < 0.4:
-            nums[i] = nums[i - 1] + rng.choice((-1, 1)) * rng.choice(marks)
-    return nums
-
-
-def _cases(draft: Draft, rng: random.Random) -> tuple[Case, ...]:
-    """Cases that together reject every wrong combination; the first is the worked example of the prompt.
-
-    Empty when a combination passes them all (it may be right after all), or when no short input shows all that the
-    words leave open with an answer that is not empty or zero: the draft makes no problem.
-    """
-    right = solver(draft.canonical())
-    lengths = (3, 4, 4, 5, 5) if draft.marks else (5, 6, 6, 7)
-    small = [draw_input(rng, draft.argument, draft.marks, rng.choice(lengths)) for _ in range(40)]
-    misread = [solver(source) for source in draft.misread()]
-    shows = [v for v in small if len(repr(v)) <= 24 and (answer := right(v)) and len(repr(answer)) <= 12]
-    shows = [v for v in shows if all(solve(v) != right(v) for solve in misread)]
-    if not shows:
-        return ()
-    large = [draw_input(rng, draft.argument, draft.marks, rng.randint(0, 9)) for _ in range(16)]
-    inputs = {repr(v): v for v in shows + large}
-    expected = {key: right(v) for key, v in inputs.items()}
-    wrong = [solver(source) for source in draft.wrong()]
-    told = {key: {i for i, solve in enumerate(wrong) if solve(v) != expected[key]} for key, v in inputs.items()}
-
-    chosen = [max((repr(v) for v in shows), key=lambda key: len(told[key]))]
-    accepted = set(range(len(wrong))) - told[chosen[0]]
-    while len(chosen) < min(N_CASES, len(inputs)):
-        best = max((key for key in inputs if key not in chosen), key=lambda key: len(told[key] & accepted))
-        accepted -= told[best]
-        chosen.append(best)
-    if accepted:
-        return ()
-    return tuple(Case({PARAMETER[draft.argument]: inputs[key]}, expected[key]) for key in chosen)
-
-
-def _behaviour(draft: Draft) -> tuple[Any, ...]:
-    """What the right solution does on inputs that are the same for all problems with this kind of argument."""
-    rng, right = random.Random(SEED), solver(draft.canonical())
-    marks = "bdfg" if draft.argument == "s" else (2, 5, 7)
-    return draft.argument, *(repr(right(draw_input(rng, draft.argument, marks, i % 9))) for i in range(36))
-
-
-def _problem(draft: Draft, number: int, cases: tuple[Case, ...]) -> Problem:
-    (shown_input,) = cases[0].args.values()
-    statement = (
-        f"{draft.words} Example: {ENTRY}({shown_input!r}) == {cases[0].expected!r}. "
-        f"Your method {ENTRY} should be correct {TESTS_SENTENCE}.\n{draft.starter}"
-    )
-    return Problem(
-        id=f"{draft.family}-{number:03d}",
-        family=draft.family,
-        statement=statement,
-        entry=ENTRY,
-        starter=draft.starter,
-        canonical=draft.canonical(),
-        cases=cases,
-    )
-
-
-def draw() -> dict[str, tuple[Draft, Problem]]:
-    """Every problem by id, with the draft it came from, drawn anew. No two share their words or their behaviour."""
-    rng = random.Random(SEED)
-    found: dict[str, tuple[Draft, Problem]] = {}
-    seen: set[Any] = set()
-    for draw_one, wanted in FAMILIES.values():
-        for number in range(wanted):
-            hard = rng.random() < P_HARD  # kept over the tries below: hard drafts fail more often
-            while True:
-                draft = draw_one(rng, hard)
-                if draft.words not in seen and (key := _behaviour(draft)) not in seen and (cases := _cases(draft, rng)):
-                    break
-            seen |= {draft.words, key}
-            problem = _problem(draft, number, cases)
-            found[problem.id] = (draft, problem)
-    return found
-
-
-def lazy_bodies(draft: Draft, problem: Problem) -> list[str]:
-    """Solutions that do not try: a constant of the right type that is not the worked example's answer."""
-    example = problem.cases[0].expected
-    return [f"{draft.starter}\n        return {value}" for value in LAZY[type(example)] if value != repr(example)]
-
-
-def row_of(draft: Draft, problem: Problem) -> dict[str, Any]:
-    """A problem as it is stored: what runs read (problems.Generated), and the draft for the corpus."""
-    number = int(problem.id.rsplit("-", 1)[1])
-    known = {
-        "split": (*("train",) * 4, "validation", "test")[number % 6],  # of every six in a family
-        "kind": draft.kind,
-        "lazy": lazy_bodies(draft, problem),
-        "misread": draft.misread(),
-        "wrong": draft.wrong()[:N_WRONG],
-        "draft": asdict(draft),
-    }
-    told = asdict(problem)
-    del told["tolerance"]  # of no meaning to answers without a float
-    return told | known
-
-
-def store(path: Path = GENERATED) -> None:
-    """Draw the problems and write them down, so that no run has to draw them again."""
-    rows = [row_of(draft, problem) for draft, problem in draw().values()]
-    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
-
-
-@cache
-def drafts() -> dict[str, Draft]:
-    """The draft of every problem by id, as ``store`` wrote it down."""
-    found = {}
-    for row in map(json.loads, gzip.decompress(GENERATED.read_bytes()).decode().splitlines()):
-        slots = tuple(Slot(**slot | {"wrong": tuple(slot["wrong"])}) for slot in row["draft"]["slots"])
-        found[row["id"]] = Draft(**row["draft"] | {"slots": slots, "marks": tuple(row["draft"]["marks"])})
-    return found
-
-
-def honest_body(problem: Problem, rng: random.Random, p_stated: float) -> str:
-    """A serious try: each stated slot is right with probability ``p_stated``, each shown one is a guess."""
-    draft = drafts()[problem.id]
-    options = []
-    for slot in draft.slots:
-        right = rng.random() < (p_stated if slot.stated else 1 / (1 + len(slot.wrong)))
-        options.append(slot.right if right or not slot.wrong else rng.choice(slot.wrong))
-    return draft.source(options)
-
-
-if __name__ == "__main__":
-    run_main(command(store))
