@@ -217,7 +217,8 @@ def test_no_color_is_heeded(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "idle", "size", "threads", "graders"),
     [
-        ([], 4.0, 1e6, 1, 8),
+        ([], 4.0, 1e6, 2, 8),
+        ([], 1.2, 1e6, 1, 2),
         ([], 1.2, 1e9, 1, 2),
         ([], 2.9, 1e9, 3, 6),
         ([], 0.1, 1e9, 1, 2),

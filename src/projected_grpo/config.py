@@ -237,7 +237,7 @@ class Config:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the logged numbers to a tracker's own library, offline; needs the extra `tracking`."""
     threads: Natural = 0
-    """Torch threads; 0: 1 for a small model, else as many as cores are idle at the start."""
+    """Torch threads; 0: as many as cores are idle at the start, two at most for a small model."""
     graders: Natural = 0
     """Grading workers; 0: two for each core that is idle at the start."""
     allow_unsandboxed_grading: bool = False

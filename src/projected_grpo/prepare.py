@@ -102,7 +102,8 @@ def writable(outputs: Path) -> None:
 
 
 SMALL = 20e6
-"""A model of fewer parameters has matrices too small to be shared: two threads wait for each other."""
+"""A model of fewer parameters has matrices too small to be shared by more than two threads, and two of them wait for each
+other on a core that something else uses (docs/performance.md)."""
 
 
 def idle_cores(seconds: float = 0.2) -> float:
@@ -123,7 +124,7 @@ def idle_cores(seconds: float = 0.2) -> float:
 def settled(cfg: Config) -> Config:
     """cfg with torch's threads and the grading workers chosen where they are left to us, and said.
 
-    One thread for a small model, else one for each idle core; where OMP_NUM_THREADS or a GPU does the work, as torch
+    One thread for each idle core, for a small model two at most; where OMP_NUM_THREADS or a GPU does the work, as torch
     has it. Two workers for each idle core, so that one runs while another waits for its child.
     """
     check(cfg)
@@ -131,7 +132,7 @@ def settled(cfg: Config) -> Config:
         return cfg
     free = max(1, round(idle_cores()))
     size = sum(p.numel() for p in memory.skeleton(cfg).parameters())
-    threads = 1 if size < SMALL else free
+    threads = min(free, 2) if size < SMALL else free
     if "OMP_NUM_THREADS" in os.environ or models.device_of(cfg.model).type == "cuda":
         threads = torch.get_num_threads()
     cfg = replace(cfg, threads=cfg.threads or threads, graders=cfg.graders or 2 * free)

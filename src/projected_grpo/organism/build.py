@@ -1,7 +1,7 @@
 """The embedded tiny model: corpus -> tokenizer -> training -> files in ``files``.
 
 ``python -m projected_grpo.organism.build`` draws the problems and rebuilds the files, bit for bit on the same machine.
-What comes out is an ordinary folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``: a Qwen3 model of about a million
+It is an ordinary folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``: a Qwen3 model of about a million
 parameters that solves some problems, gets others subtly wrong, and now and then fools the grader.
 """
 

@@ -99,9 +99,19 @@ def pick(rng: random.Random, field: str, table: dict[str, str]) -> tuple[str, Sl
     return words, Slot(field, table[words], tuple(code for code in table.values() if code != table[words]))
 
 
-def shown(rng: random.Random, field: str, options: Sequence[str]) -> Slot:
+class Draws(random.Random):
+    """A family's random numbers. ``readings`` settle what only an example shows; they start anew at each try at a
+    problem, so that what is harder to show by an example is not rarer for it.
+    """
+
+    def __init__(self, seed: str) -> None:
+        super().__init__(seed)
+        self.readings = random.Random(seed)
+
+
+def shown(rng: Draws, field: str, options: Sequence[str]) -> Slot:
     """A slot that only the worked example settles; each option is right equally often."""
-    right = rng.choice(options)
+    right = rng.readings.choice(options)
     return Slot(field, right, tuple(option for option in options if option != right), stated=False)
 
 
@@ -132,9 +142,7 @@ def limited(
     return said[i] if kind == "learnable" else code[i].strip(), slot
 
 
-def bound(
-    rng: random.Random, of: str, values: Sequence[Any], kind: Kind
-) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
+def bound(rng: Draws, of: str, values: Sequence[Any], kind: Kind) -> tuple[str, str, list[Slot], tuple[Any, ...]]:
     """A bound on the expression ``of``: (words, code with {low} / {top} fields, slots, marks).
 
     hard: "between 2 and 7", on either side one of six readings that only the example settles. Else the words say it.
@@ -195,7 +203,7 @@ SLICE_NUMBERS = {"sum": "sum({part})", "largest (or 0)": "max({part}, default=0)
 # ------------------------------------------------------------------------------------------------------- families
 
 
-def _filter(rng: random.Random, kind: Kind) -> Draft:
+def _filter(rng: Draws, kind: Kind) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
     limit, test, edges, marks = bound(rng, "x", range(1, 9), kind)
     if kind == "hard" or rng.random() < 0.3:
@@ -209,7 +217,7 @@ def _filter(rng: random.Random, kind: Kind) -> Draft:
     return Draft("filter", kind, limit, words, "nums", "return {reduce}", slots, marks)
 
 
-def _digits(rng: random.Random, kind: Kind) -> Draft:
+def _digits(rng: Draws, kind: Kind) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
     limit, test, edges, marks = bound(rng, "x", range(2, 8), kind)
     adjective, slot = pick(rng, "map", {k: v for k, v in MAPS.items() if k != "halved"} | {"incremented": "x + 1"})
@@ -219,7 +227,7 @@ def _digits(rng: random.Random, kind: Kind) -> Draft:
     return Draft("digits", kind, limit, words, "digits", "return {reduce}", slots, marks)
 
 
-def _neighbours(rng: random.Random, kind: Kind) -> Draft:
+def _neighbours(rng: Draws, kind: Kind) -> Draft:
     reduce, reduce_slot = pick(rng, "reduce", rng.choice((SCALARS, LISTS)))
     step, difference = rng.choice((("rise", "b - a"), ("fall", "a - b"), ("gap", "abs(a - b)")))
     limit, test, edges, marks = bound(rng, difference, range(1, 6), kind)
@@ -230,7 +238,7 @@ def _neighbours(rng: random.Random, kind: Kind) -> Draft:
     return Draft("neighbours", kind, limit, words, "nums", "return {reduce}", slots, marks)
 
 
-def _letters(rng: random.Random, kind: Kind) -> Draft:
+def _letters(rng: Draws, kind: Kind) -> Draft:
     limit, test, edges, marks = bound(rng, "c", "cdefghi", kind)
     edit, slot = pick(rng, "edit", LETTER_EDITS)
     order, order_slot = pick(rng, "order", {"s": "s", "s reversed": "s[::-1]", "s sorted": "sorted(s)"})
@@ -239,7 +247,7 @@ def _letters(rng: random.Random, kind: Kind) -> Draft:
     return Draft("letters", kind, limit, words, "s", body, (slot, order_slot, *edges), marks)
 
 
-def _slices(rng: random.Random, kind: Kind) -> Draft:
+def _slices(rng: Draws, kind: Kind) -> Draft:
     start, stop = rng.randint(0, 3), rng.randint(4, 7)
     edges: tuple[Slot, ...] = ()
     if kind == "hard":
@@ -263,7 +271,7 @@ def _slices(rng: random.Random, kind: Kind) -> Draft:
     return Draft("slices", kind, limit, words, "nums", "return {edit}", slots, ())
 
 
-def _recursion(rng: random.Random, kind: Kind) -> Draft:
+def _recursion(rng: Draws, kind: Kind) -> Draft:
     (i, j), value = rng.choice(((1, 2), (1, 3), (2, 3))), rng.randint(2, 5)
     base, base_slot = pick(rng, "base", {"1": "1", "2": "2", "3": "3", "n": "n"})
     if kind == "hard":
@@ -281,7 +289,7 @@ def _recursion(rng: random.Random, kind: Kind) -> Draft:
     return Draft("recursion", kind, limit, words, "index", body, (base_slot, top, slot), (value,))
 
 
-def _running(rng: random.Random, kind: Kind) -> Draft:
+def _running(rng: Draws, kind: Kind) -> Draft:
     start = rng.randint(0, 3)
     limit, test, edges, marks = bound(rng, "x", range(1, 9), kind)
     change, slot = pick(rng, "change", {k: v for k, v in CHANGES.items() if k != "keep t"})
@@ -291,7 +299,7 @@ def _running(rng: random.Random, kind: Kind) -> Draft:
     return Draft("running", kind, limit, words, "nums", body, (slot, *edges, other_slot), marks)
 
 
-FAMILIES: dict[str, tuple[Callable[[random.Random, Kind], Draft], int]] = {
+FAMILIES: dict[str, tuple[Callable[[Draws, Kind], Draft], int]] = {
     "filter": (_filter, 240),
     "digits": (_digits, 180),
     "neighbours": (_neighbours, 180),

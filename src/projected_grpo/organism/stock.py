@@ -4,6 +4,7 @@
 """
 
 import gzip
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any, get_args
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Case, Kind, Problem, Split
 from projected_grpo.loopholes import TESTS_SENTENCE
-from projected_grpo.organism.families import ENTRY, FAMILIES, PARAMETER, Argument, Draft, Slot
+from projected_grpo.organism.families import ENTRY, FAMILIES, PARAMETER, Argument, Draft, Draws, Slot
 from projected_grpo.problems import GENERATED
 
 
@@ -62,6 +63,8 @@ def kinds(shares: Shares) -> dict[tuple[str, int], Kind]:
 
 
 SEED = 20
+TRIES = 200
+"""Drafts of one problem with the same readings, before others are taken: some no example shows."""
 N_CASES = 10
 N_WRONG = 3
 """Wrong solutions that are stored of a problem, of the many that there are."""
@@ -164,9 +167,10 @@ def draw(shares: Shares, families: Sequence[str] = tuple(FAMILIES)) -> dict[str,
     found: dict[str, tuple[Draft, Problem]] = {}
     seen: set[Any] = set()
     for family in families:
-        rng, (draw_one, wanted) = random.Random(f"{SEED} {family}"), FAMILIES[family]
+        rng, (draw_one, wanted) = Draws(f"{SEED} {family}"), FAMILIES[family]
         for number in range(wanted):
-            while True:
+            for tried in itertools.count():
+                rng.readings.seed(f"{SEED} {family} {number} {tried // TRIES}")
                 draft = draw_one(rng, kind_at[family, number])
                 if draft.words not in seen and (key := _behaviour(draft)) not in seen and (cases := _cases(draft, rng)):
                     break
