@@ -223,7 +223,7 @@ def test_no_color_is_heeded(monkeypatch):
         ([], 2.9, 1e9, 3, 6),
         ([], 0.1, 1e9, 1, 2),
         (["--threads=3"], 2.0, 1e9, 3, 4),
-        (["--graders=1"], 2.0, 1e6, 1, 1),
+        (["--graders=1"], 2.0, 1e6, 2, 1),
     ],
 )
 def test_threads_and_graders_follow_the_model_and_what_is_idle(words, idle, size, threads, graders, monkeypatch):

@@ -102,8 +102,8 @@ def writable(outputs: Path) -> None:
 
 
 SMALL = 20e6
-"""A model of fewer parameters has matrices too small to be shared by more than two threads, and two of them wait for each
-other on a core that something else uses (docs/performance.md)."""
+"""A model of fewer parameters has matrices too small for more than two threads, and two wait for each other on a core
+that something else uses (docs/performance.md)."""
 
 
 def idle_cores(seconds: float = 0.2) -> float:
