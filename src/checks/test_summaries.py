@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 from projected_grpo import arms
 from projected_grpo.config import UserError
-from projected_grpo.studies import results_docs, summaries, tables
+from projected_grpo.studies import results_docs, run, summaries, tables
 from projected_grpo.studies.analysis import Analysis
 from projected_grpo.studies.run import STUDIES
 
@@ -368,15 +368,23 @@ def test_broken_runs_are_named_and_left_out(tmp_path):
     assert "not run: 1" in page
 
 
-def test_a_summary_is_not_lost_where_the_runs_are_not(world, tmp_path):
+def test_runs_that_are_stored_stay_where_the_runs_are_not(world, tmp_path):
     headline, store = world.studies[0], world.docs / "results"
     before = (store / "headline" / "runs.parquet").read_bytes()
     summaries.update([headline], tmp_path, store)
     assert (store / "headline" / "runs.parquet").read_bytes() == before
-    fewer = replace(headline, jobs=headline.jobs[:10])
-    summaries.update([fewer], world.runs, tmp_path)
-    summaries.update([replace(headline, jobs=headline.jobs[:5])], world.runs, tmp_path)
-    assert len(summaries.load(tmp_path / "headline").tables["runs"]) == 10
+    halves = [replace(headline, jobs=jobs) for jobs in (headline.jobs[10:], headline.jobs[:10])]
+    summaries.update(halves[:1], world.runs, tmp_path)
+    assert run.stored_names(tmp_path) == {job.name for job in headline.jobs[10:]}
+    summaries.update([headline], world.runs / "elsewhere", tmp_path)
+    assert len(summaries.load(tmp_path / "headline").tables["runs"]) == len(headline.jobs) - 10
+    for part in headline.jobs[:10]:
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / part.name).symlink_to((world.runs / part.name).resolve())
+    summaries.update([headline], tmp_path / "some", tmp_path)
+    one, other = (summaries.load(folder / "headline") for folder in (tmp_path, store))
+    assert all(one.tables[name].equals(other.tables[name]) for name in summaries.SCHEMAS)
+    assert one.missing == other.missing
     summaries.update([replace(headline, jobs=headline.jobs[:5])], world.runs, tmp_path, force=True)
     assert len(summaries.load(tmp_path / "headline").tables["runs"]) == 5
     with pytest.raises(UserError, match="holds no readable summary"):

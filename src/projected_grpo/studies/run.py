@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import polars as pl
 import tyro
 from tabulate import tabulate
 
@@ -100,6 +101,11 @@ def status(job: Job, outputs: Path) -> Literal["done", "broken", "missing"]:
             done = False
         return "done" if done else "broken"
     return "broken" if folder.with_name(folder.name + ".part").exists() else "missing"
+
+
+def stored_names(store: Path) -> set[str]:
+    """Names of all runs that a stored summary holds."""
+    return {run for path in store.glob("*/runs.parquet") for run in pl.read_parquet(path, columns=["run"])["run"]}
 
 
 @contextmanager
@@ -241,9 +247,12 @@ def main(
     hours: float = 4.0,
     cluster: Cluster = "slurm",
     slurm: tuple[str, ...] = (),
+    store: str = "docs/results",
+    again: bool = False,
 ) -> None:
     """Run a study's missing jobs here, queue them, or print the commands. Without a name: list the studies.
 
+    store: runs that a summary there holds are done, wherever they were made; again: run them all the same.
     only: one job of the study, by its run's name. hours, slurm (KEY=VALUE, as partition=gpu): of a Slurm job.
     cluster: "local" runs Slurm's jobs as processes here.
     """
@@ -255,6 +264,11 @@ def main(
         chosen = choose("job", only, [job.name for job in study.jobs])
         study = replace(study, jobs=tuple(job for job in study.jobs if job.name == chosen))
     print(f"# H: {study.H}\nwhy: {study.why}\nresolve: {study.resolve}", flush=True)
+    done = set() if again or only else stored_names(Path(store))
+    left = tuple(job for job in study.jobs if job.name not in done)
+    if len(left) < len(study.jobs):
+        print(f"{len(study.jobs) - len(left)} of {len(study.jobs)} runs are stored in {store}; --again runs them anew")
+        study = replace(study, jobs=left)
     if how == "print":
         print("\n".join(shlex.join(job.command(outputs)) for job in study.jobs))
     elif how == "pueue":

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -253,22 +253,35 @@ def stored(store: Path) -> list[Summary]:
     return [load(path.parent) for path in sorted(store.glob("*/study.json"))]
 
 
+def joined(new: Summary, study: Study, stores: Sequence[Summary]) -> Summary:
+    """A summary with the study's runs that are stored and not at hand any more, whichever study they were stored in."""
+    order = {job.name: place for place, job in enumerate(study.jobs)}
+    labels = {job.name: job.label for job in study.jobs}
+    parts, have = {name: [table] for name, table in new.tables.items()}, set(new.tables["runs"]["run"])
+    for old in stores:
+        taken = [run for run in old.tables["runs"]["run"] if run in order and run not in have]
+        for name, table in old.tables.items():
+            parts[name].append(table.filter(pl.col("run").is_in(taken)).select(parts[name][0].columns))
+        have |= set(taken)
+    place = pl.col("run").replace_strict(order, return_dtype=pl.Int64)
+    tables = {name: pl.concat(each).sort(place, maintain_order=True) for name, each in parts.items()}
+    tables["runs"] = tables["runs"].with_columns(label=pl.col("run").replace_strict(labels, return_dtype=pl.String))
+    return replace(new, tables=tables, missing={k: why for k, why in new.missing.items() if k not in have})
+
+
 def update(studies: Sequence[Study], runs: Path, store: Path, force: bool = False) -> None:
-    """Summarise studies and store them. A summary that would lose runs is kept unless ``force``."""
+    """Summarise studies and store them. Stored runs that are not in ``runs`` any more stay, unless ``force``."""
+    stores = [] if force else stored(store)
     for study in studies:
-        summary = summarise(study, runs)
+        found = summarise(study, runs)
+        summary = joined(found, study, stores)
         for name, why in summary.missing.items():
             logger.warning("{}: {} left out: {}", study.name, name, why)
-        here, old = set(summary.tables["runs"]["run"]), store / study.name
-        lost = set(load(old).tables["runs"]["run"]) - here if (old / "study.json").exists() else set()
-        if lost and not force:
-            logger.warning(
-                "{}: {} stored runs are not in {} (first {}): summary kept, --force replaces it",
-                study.name, len(lost), runs, min(lost),
-            )  # fmt: skip
-        elif here:
+        here, all_ = (len(s.tables["runs"]) for s in (found, summary))
+        if all_:
             size = save(summary, store)
-            logger.info("{}: {} of {} runs, {:.0f} kB", study.name, len(here), summary.n_jobs, size / 1000)
+            told = "{}: {} of {} runs, {} of them as they were stored, {:.0f} kB"
+            logger.info(told, study.name, all_, summary.n_jobs, all_ - here, size / 1000)
 
 
 def main(
@@ -277,7 +290,10 @@ def main(
     store: str = "docs/results",
     force: bool = False,
 ) -> None:
-    """Summarise the named studies, or all, from outputs/runs; runs that cannot be used are named and left out."""
+    """Summarise the named studies, or all, from outputs/runs; runs that cannot be used are named and left out.
+
+    Stored runs that are not in outputs/runs stay as they are stored; with --force they go.
+    """
     chosen = [STUDIES[choose("study", n, list(STUDIES))] for n in names or STUDIES]
     update(chosen, Path(outputs) / "runs", Path(store), force)
 
