@@ -78,10 +78,9 @@ def test_same_seed_same_rollouts_in_either_form(wrapped, hook):
         assert ids == hook.sample([prompt], 5, Sampling(20, (1,), 0))
 
 
-def test_lots_hold_every_row_once_and_like_lengths_together(monkeypatch):
-    monkeypatch.setattr(loss, "LOT_TOKENS", 12)
+def test_lots_hold_every_row_once_and_like_lengths_together():
     ends = [3, 9, 4, 4, 8, 2]
     mask = torch.tensor([[t < end for t in range(10)] for end in ends])
-    assert [lot.tolist() for lot in loss.lots(mask, torch.arange(6), 64)] == [[1], [4], [2, 3, 0], [5]]
-    assert [lot.tolist() for lot in loss.lots(mask, torch.tensor([0, 2, 5]), 2)] == [[2, 0], [5]]
-    assert loss.lots(mask, torch.tensor([], dtype=torch.long), 64) == []
+    assert [lot.tolist() for lot in loss.lots(mask, torch.arange(6), 64, 12)] == [[1], [4], [2, 3, 0], [5]]
+    assert [lot.tolist() for lot in loss.lots(mask, torch.tensor([0, 2, 5]), 2, 12)] == [[2, 0], [5]]
+    assert loss.lots(mask, torch.tensor([], dtype=torch.long), 64, 12) == []

@@ -77,14 +77,47 @@ def test_labels_swapped_turn_v_around(organism, basis):
 def test_fit_by_hand():
     """Four pairs along +e0 and one along −e0, twice as long: the majority orients the axis, not the outlier."""
     D = torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [1, -0.1, 0], [1, 0, 0.0], [-2, 0, 0]])
-    V, S, vote = vhack.fit(D, k=2, tau_axis=0.0)
+    V, S, vote = (part["m"] for part in vhack.fit({"m": D}, k=2, tau_axis=0.0))
     assert V[0, 0] == pytest.approx(1.0, abs=1e-3)
     assert vote[0] == pytest.approx(3 / 5)
     torch.testing.assert_close(V @ V.T, torch.eye(2), atol=1e-5, rtol=1e-5)
-    cut, S_cut, _ = vhack.fit(D, k=2, tau_axis=0.5)
+    cut, S_cut, _ = (part["m"] for part in vhack.fit({"m": D}, k=2, tau_axis=0.5))
     assert S_cut[1] == 0
     assert (cut[1] == 0).all()
     assert S[1] > 0
+
+
+def test_modules_are_fitted_together_as_they_are_alone():
+    """To the bit on a CPU, whatever their widths and their order; by Gram matrices, as on a GPU, to some digits."""
+    torch.manual_seed(0)
+    fall = torch.logspace(0, -2, 20)[:, None]
+    D = {f"m{i}": torch.randn(20, width) * fall for i, width in enumerate((30, 8, 30, 8))}
+    V, S, votes = vhack.fit(D, 5, 0.1)
+    assert list(V) == list(S) == list(votes) == list(D)
+    for m, d in D.items():
+        for part, alone in zip((V, S, votes), vhack.fit({m: d}, 5, 0.1), strict=True):
+            assert torch.equal(part[m], alone[m])
+        _, exact_S, exact = torch.linalg.svd(d, full_matrices=False)
+        gram, gram_S = (t[0] for t in vhack.gram_axes(d[None], 5))
+        torch.testing.assert_close(gram_S, exact_S[:5], rtol=1e-5, atol=0)
+        torch.testing.assert_close((gram * exact[:5]).sum(1).abs(), torch.ones(5), rtol=1e-5, atol=0)
+    flat = torch.outer(torch.ones(4), torch.tensor([3.0, 4.0]))
+    gram, gram_S = vhack.gram_axes(torch.stack([flat, 0 * flat]), 2)
+    torch.testing.assert_close(gram_S, torch.tensor([[10.0, 0.0], [0.0, 0.0]]))
+    assert not gram[0, 1].any()
+    assert not gram[1].any()
+
+
+def test_the_lots_of_the_config_are_those_of_the_extraction(organism, monkeypatch):
+    model, tokenizer, knobs, chosen, cfg = organism
+    sizes, plain = [], loss.lots
+    monkeypatch.setattr(loss, "lots", lambda *args: (made := plain(*args), sizes.append((args[3], len(made))))[0])
+    few, whole = (replace(cfg, rl=replace(cfg.rl, lot_tokens=n)) for n in (300, None))
+    a, b = (vhack.side_gradients(model, knobs, tokenizer, chosen[:3], c) for c in (few, whole))
+    assert [tokens for tokens, _ in sizes] == [300, loss.LOT_TOKENS]
+    assert sizes[0][1] > sizes[1][1] == 1
+    for m, g in a.hack.items():
+        torch.testing.assert_close(g, b.hack[m], rtol=1e-3, atol=1e-6)
 
 
 def test_global_noise_floor_and_k_slice():

@@ -75,6 +75,20 @@ def test_the_flags_that_a_plan_names_lower_it():
     assert no_recompute.of("training") > 3 * base.of("training")
 
 
+def test_lots_are_as_large_as_the_device_has_room_for():
+    """On a GPU alone, and never over a number that was given."""
+    cfg = preset("full")
+    cfg = replace(cfg, model=replace(cfg.model, sample_rows=4))  # so that training decides
+    for gb, tokens in ((80, 16384), (33, 8192), (31, 4096), (30, None)):
+        chosen = memory.with_lots(cfg, QWEN3_4B, gb * memory.GB)
+        assert chosen.rl.lot_tokens == tokens
+        if tokens is not None:
+            assert memory.plan(chosen, QWEN3_4B).peak <= memory.HEADROOM * gb * memory.GB
+    given = replace(cfg, rl=replace(cfg.rl, lot_tokens=100))
+    assert memory.with_lots(given, QWEN3_4B, 80 * memory.GB) is given
+    assert memory.with_lots(cfg, QWEN3_4B) is cfg  # a CPU
+
+
 def test_what_does_not_fit_is_refused_in_a_line_that_names_the_flag():
     cfg = replace(PRESETS["organism"][1], rl=replace(PRESETS["organism"][1].rl, group=1 << 14, max_new=2000))
     cfg = replace(cfg, model=replace(cfg.model, device="cpu"))

@@ -165,6 +165,7 @@ def test_truncated_rollouts_can_be_left_out_of_the_loss(outputs, arm, monkeypatc
     assert (mask.sum(1)[cut] == 44).all()
     assert not weight[cut].any()
     assert weight[~cut].any()
+    assert settings["lot_tokens"] == loss.LOT_TOKENS
     assert (settings["cap"], settings["drawn"].isnan().equal(~mask)) == (2, True)
 
 

@@ -11,7 +11,7 @@ the majority of the pairs, so that a positive coefficient V g means: descending 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,9 @@ def side_gradients(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Seque
     try:
         with knobs.using("deployed"):
             rows = loss.row_gradients(
-                model, knobs, ids, mask, weight, temperature=cfg.rl.temperature, micro_batch=cfg.rl.micro_batch
-            )
+                model, knobs, ids, mask, weight, temperature=cfg.rl.temperature, micro_batch=cfg.rl.micro_batch,
+                lot_tokens=cfg.rl.lot_tokens or loss.LOT_TOKENS,
+            )  # fmt: skip
     except FloatingPointError:
         for i, pair in enumerate([*chosen, *chosen]):
             nll = -loss.token_logprobs(model, ids[i : i + 1], mask[i : i + 1]).sum()
@@ -111,21 +112,48 @@ def side_gradients(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Seque
     return PairGrads({m: g[:n] for m, g in rows.G.items()}, {m: g[n:] for m, g in rows.G.items()})
 
 
+def leading_axes(D: Float[Tensor, "m n r"], k: int) -> tuple[Float[Tensor, "m k r"], Float[Tensor, "m k"]]:
+    """The first k right singular vectors and singular values of m matrices of few rows.
+
+    On a CPU LAPACK's SVD of each, whose bits the results in docs/results.md rest on. On a GPU, where that would be m
+    factorisations one after the other, one batch of eigenproblems: D Dᵀ = Q Λ Qᵀ in float64, V = Λ^(−1/2) Qᵀ D.
+    """
+    if not D.is_cuda:
+        _, S, Vh = torch.linalg.svd(D, full_matrices=False)
+        return Vh[:, :k], S[:, :k]
+    return gram_axes(D, k)
+
+
+def gram_axes(D: Float[Tensor, "m n r"], k: int) -> tuple[Float[Tensor, "m k r"], Float[Tensor, "m k"]]:
+    """``leading_axes`` by the pairs' Gram matrices. Axes of no singular value are 0."""
+    exact = D.double()
+    values, Q = torch.linalg.eigh(exact @ exact.mT)
+    S = values.flip(-1)[:, :k].clamp(min=0).sqrt()
+    V = Q.flip(-1)[..., :k].mT @ exact
+    alive = 1e-5 * S[:, :1] < S  # under that float64 no longer tells V from noise
+    return torch.where(alive[..., None], V / S[..., None], 0.0).to(D), torch.where(alive, S, 0.0).to(D)
+
+
 def fit(
-    D: Float[Tensor, "n r"], k: int, tau_axis: float
-) -> tuple[Float[Tensor, "k r"], Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """V, S and vote margins of one module's differences D.
+    D: Mapping[str, Float[Tensor, "n _r"]], k: int, tau_axis: float
+) -> tuple[dict[str, Float[Tensor, "k _r"]], dict[str, Float[Tensor, " k"]], dict[str, Float[Tensor, " k"]]]:
+    """V, S and vote margins of every module's differences D; modules of one width are fitted together.
 
     Each right singular vector is oriented by the majority of sign(D V_iᵀ) over pairs, which an outlying pair cannot
     flip; margin = |votes for − votes against| / n. A near-tie makes a one-sided gate arbitrary on that axis. Axes
     with S_i / S_0 < tau_axis are set to zero.
     """
-    _, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    V, S = Vh[:k], S[:k]
-    votes = torch.sign(D @ V.T).sum(0)
-    V = V * torch.where(votes < 0, -1.0, 1.0).to(V)[:, None]
-    alive = tau_axis * S[0] <= S
-    return V * alive[:, None], S * alive, votes.abs() / len(D)
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for width in dict.fromkeys(d.shape[1] for d in D.values()):
+        names = [m for m, d in D.items() if d.shape[1] == width]
+        stack = torch.stack([D[m] for m in names])
+        V, S = leading_axes(stack, k)
+        votes = torch.sign(stack @ V.mT).sum(1)
+        V = V * torch.where(votes < 0, -1.0, 1.0).to(V)[..., None]
+        alive = tau_axis * S[:, :1] <= S
+        parts = zip(V * alive[..., None], S * alive, votes.abs() / stack.shape[1], strict=True)
+        found |= dict(zip(names, parts, strict=True))
+    return tuple({m: found[m][part] for m in D} for part in range(3))
 
 
 def heldout_accuracy(V: dict[str, Tensor], pair_grads: PairGrads, n_heldout: int) -> float | None:
@@ -150,9 +178,9 @@ def fit_basis(pair_grads: PairGrads, cfg: VHackCfg) -> HackBasis:
     if n_fit < cfg.k:
         raise UserError(f"{n_fit} pairs are left to fit k = {cfg.k} axes: lower --k or --n-heldout, or add pairs")
     pair_grads = pair_grads.unit() if cfg.pair_norm == "unit" else pair_grads
-    fits = {m: fit(h[:n_fit] - pair_grads.clean[m][:n_fit], cfg.k, cfg.tau_axis) for m, h in pair_grads.hack.items()}
-    V = {m: f[0] for m, f in fits.items()}
-    margin = torch.cat([f[2] for f in fits.values()])
+    D = {m: h[:n_fit] - pair_grads.clean[m][:n_fit] for m, h in pair_grads.hack.items()}
+    V, S, margins = fit(D, cfg.k, cfg.tau_axis)
+    margin = torch.cat(list(margins.values()))
     meta = {
         "n_pairs": n_fit,
         "n_heldout": cfg.n_heldout,
@@ -160,7 +188,7 @@ def fit_basis(pair_grads: PairGrads, cfg: VHackCfg) -> HackBasis:
         "vote_margin_mean": float(margin.mean()),
         "vote_margin_min": float(margin.min()),
     }
-    return HackBasis(V, {m: f[1] for m, f in fits.items()}, meta)
+    return HackBasis(V, S, meta)
 
 
 def sliced(basis: HackBasis, cfg: VHackCfg) -> HackBasis:

@@ -91,8 +91,10 @@ MAX_LOG_RATIO = 10.0
 """|log π_ref − log π| of a token at most, in the KL term: one token of exp(d) must not outweigh all others."""
 
 
-def lots(mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int) -> list[Int[Tensor, " m"]]:
-    """The rows sorted by length, longest first, in lots of at most ``most`` rows and ``LOT_TOKENS`` tokens.
+def lots(
+    mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int, tokens: int = LOT_TOKENS
+) -> list[Int[Tensor, " m"]]:
+    """The rows sorted by length, longest first, in lots of at most ``most`` rows and so many tokens.
 
     So hardly anything is padding. A lot has one row at least.
     """
@@ -100,7 +102,7 @@ def lots(mask: Bool[Tensor, "b t"], rows: Int[Tensor, " n"], most: int) -> list[
     made: list[list[int]] = []
     longest = 0
     for length, row in sorted(zip(lengths, rows.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1])):
-        if not made or len(made[-1]) == most or (len(made[-1]) + 1) * longest > LOT_TOKENS:
+        if not made or len(made[-1]) == most or (len(made[-1]) + 1) * longest > tokens:
             made.append([])
             longest = length
         made[-1].append(row)
@@ -121,6 +123,7 @@ def row_gradients(
     drawn: Float[Tensor, "b s-1"] | None = None,
     cap: float | None = None,
     micro_batch: int = 64,
+    lot_tokens: int = LOT_TOKENS,
     agree: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
 ) -> RowGrads:
     """Every row's gradient of L = −Σ_i w_i Σ_t c_it ρ_it + β · kl_weight · Σ_it (exp(d) − d − 1), from one backward;
@@ -149,7 +152,7 @@ def row_gradients(
     live = ((weight != 0) | in_kl).nonzero()[:, 0]
     # transformers checkpoints in training mode only; there is no dropout
     model.train(checkpoints(model))
-    made = lots(mask, live, micro_batch)
+    made = lots(mask, live, micro_batch, lot_tokens)
     made = [trimmed(ids, mask, rows) for rows in (agree(made, mask) if agree else made)]
     reference = [None] * len(made)
     if beta:

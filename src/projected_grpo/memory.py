@@ -9,7 +9,7 @@ rest is arithmetic, said line by line in ``plan``.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ def plan(cfg: Config, config: Any = None, total: float | None = None) -> Plan:
     put_adapters(model, linears, cfg.model.svd_rank)
 
     # the lot that goes through the model at once: see loss.lots
-    in_lot = min(cfg.rl.micro_batch, rows, max(1, loss.LOT_TOKENS // length))
+    in_lot = min(cfg.rl.micro_batch, rows, max(1, (cfg.rl.lot_tokens or loss.LOT_TOKENS) // length))
     tokens = in_lot * length
     by_layer = [b * tokens / COUNTED for b in saved_by_layer(model, COUNTED)]
     layers_in = len(by_layer) * tokens * config.hidden_size * size
@@ -187,12 +187,28 @@ def plan(cfg: Config, config: Any = None, total: float | None = None) -> Plan:
         Part("δS, δS_hack, AdamW's moments", 8 * knobs * exact, "always", ""),
         *sampler,
         Part("rows' own gradients", 2 * rows * knobs * exact, "training", "--svd-rank or --layers"),
-        Part("activations", activations, "training", "--micro-batch, --max-new or --gradient-checkpointing"),
-        Part("backward's own", tokens * widest * (2 * size + 2 * exact), "training", "--micro-batch or --max-new"),
+        Part("activations", activations, "training", "--lot-tokens, --max-new or --gradient-checkpointing"),
+        Part("backward's own", tokens * widest * (2 * size + 2 * exact), "training", "--lot-tokens or --max-new"),
         Part("logits chunk", 4 * logits * exact, "training", ""),
         Part("forming one W'", 5 * largest * 4, "merging", ""),
     )
     return Plan(parts)
+
+
+LOTS = (16384, 8192, 4096)
+"""Tokens in a lot that are tried on a GPU, in order; more do not make it busier."""
+
+
+def with_lots(cfg: Config, config: Any = None, total: float | None = None) -> Config:
+    """cfg with ``lot_tokens`` chosen where it is left to us and a GPU does the work: the most of ``LOTS`` whose plan
+    fits. config, total: as ``plan`` has them.
+    """
+    device = models.device_of(cfg.model)
+    if cfg.rl.lot_tokens is not None or (device.type != "cuda" and total is None):
+        return cfg
+    total = total or device_bytes(device)
+    tried = (replace(cfg, rl=replace(cfg.rl, lot_tokens=tokens)) for tokens in LOTS)
+    return next((c for c in tried if plan(c, config, total).peak <= HEADROOM * total), cfg)
 
 
 def device_bytes(device: torch.device) -> float:
@@ -232,8 +248,10 @@ class Asked:
 def main(argv: Sequence[str]) -> None:
     """Print a preset's plan, and whether it fits."""
     asked = parse(argv, Asked)
-    print(plan(asked.run, total=asked.device_gb * GB if asked.device_gb else None).table())
-    require(asked.run, asked.device_gb)
+    total = asked.device_gb * GB if asked.device_gb else None
+    cfg = with_lots(asked.run, total=total)
+    print(plan(cfg, total=total).table())
+    require(cfg, asked.device_gb)
 
 
 if __name__ == "__main__":

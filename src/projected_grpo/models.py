@@ -143,6 +143,13 @@ def check_weights(model: nn.Module, tokenizer: Any, name: str) -> None:
             raise UserError(f"the weight {where} of {name!r} holds NaN or infinity: the file is damaged")
 
 
+def recompute(model: nn.Module, on: bool) -> None:
+    """Whether activations are recomputed in the backward pass, whichever name the installed transformers has for it."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
+    settings = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}} if on else {}
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")(**settings)
+
+
 def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     """The model in evaluation mode on its device, frozen, and its tokenizer with a pad token.
 
@@ -158,10 +165,7 @@ def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     if getattr(model.config, "quantization_config", None) is not None:
         model.hf_quantizer = None
         del model.config.quantization_config
-    if cfg.gradient_checkpointing:
-        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.23
-        enable = getattr(model, f"{kind}_checkpointing_enable")
-        enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+    recompute(model, cfg.gradient_checkpointing)
     model = model.to(device).eval().requires_grad_(False)
     check_weights(model, tokenizer, cfg.model)
     tokenizer.ends = tuple(dict.fromkeys((*tokenizer.ends, *listed(model.generation_config))))

@@ -122,12 +122,13 @@ def idle_cores(seconds: float = 0.2) -> float:
 
 
 def settled(cfg: Config) -> Config:
-    """cfg with torch's threads and the grading workers chosen where they are left to us, and said.
+    """cfg with torch's threads, the grading workers and a GPU's lots chosen where they are left to us, and said.
 
     One thread for each idle core, for a small model two at most; where OMP_NUM_THREADS or a GPU does the work, as torch
     has it. Two workers for each idle core, so that one runs while another waits for its child.
     """
     check(cfg)
+    cfg = memory.with_lots(cfg)
     if cfg.threads and cfg.graders:
         return cfg
     free = max(1, round(idle_cores()))

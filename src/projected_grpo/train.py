@@ -169,6 +169,7 @@ def sample_grads(
         drawn=batch.drawn,
         cap=cfg.rl.importance_cap,
         micro_batch=cfg.rl.micro_batch,
+        lot_tokens=cfg.rl.lot_tokens or loss.LOT_TOKENS,
         agree=ranks.agree,
     )
 
