@@ -1,5 +1,6 @@
 """The hack direction: what V means, how it is oriented, what its cache is keyed by."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -173,6 +174,19 @@ def test_gradients_of_another_model_are_refused(organism, tmp_path, wrapped):
     vhack.save(vhack.side_gradients(model, knobs, tokenizer, chosen[:2], cfg), path)
     with pytest.raises(UserError, match="another model"):
         vhack.load(path, wrapped[1])
+
+
+def test_pairs_gradients_cut_short_on_disk_are_one_line(organism, tmp_path):
+    _, _, knobs, _, _ = organism
+    path = tmp_path / "v.safetensors"
+    ones = {m: torch.ones(2, x.delta.numel()) for m, x in knobs.modules.items()}
+    vhack.save(vhack.PairGrads(ones, ones), path)
+    assert vhack.load(path, knobs).hack.keys() == ones.keys()
+    for size in (path.stat().st_size - 4, 7, 0):
+        os.truncate(path, size)
+        with pytest.raises(UserError, match=r"v\.safetensors is cut short or damaged .* remove it") as error:
+            vhack.load(path, knobs)
+        assert "\n" not in str(error.value)
 
 
 def test_a_pair_with_a_nonfinite_nll_is_named(organism):

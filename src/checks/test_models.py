@@ -13,9 +13,19 @@ from conftest import tiny_model, write_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
-from projected_grpo import antipasto, loss, models, problems, rollout, sampling
+from projected_grpo import antipasto, loss, memory, models, problems, rollout, sampling
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
 from projected_grpo.data_types import Completion, Sampling
@@ -303,6 +313,21 @@ def not_a_number(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def without(folder: Path, *names: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {n: w for n, w in weights.items() if n not in names}
+    assert len(kept) == len(weights) - len(names)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def no_head(folder: Path) -> None:
+    without(folder, "lm_head.weight")
+
+
+def no_embedding(folder: Path) -> None:
+    without(folder, "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
+
+
 def fewer_rows(folder: Path) -> None:
     model_of("llama").save_pretrained(folder)
 
@@ -323,6 +348,8 @@ def no_assistant(folder: Path) -> None:
         (cut_short, "cannot load model"),
         (empty, "cannot load model"),
         (not_a_number, "model.norm.weight .* holds NaN"),
+        (no_head, r"lack lm_head\.weight: give"),
+        (no_embedding, r"lack model\.embed_tokens\.weight and 1 more: give"),
         (fewer_rows, "has 97 embeddings and its tokenizer 768 ids"),
         (endless_turns, "no special token behind an assistant's turn"),
         (no_assistant, "no special token behind an assistant's turn"),
@@ -334,6 +361,33 @@ def test_a_damaged_model_is_one_line(damage, says, small, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         models.load(ModelCfg(model=str(tmp_path / "m"), device="cpu"))
     assert "\n" not in str(error.value)
+
+
+WIDE = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+OTHERS = {
+    "gpt2": (lambda: GPT2Config(n_embd=24, n_layer=2, n_head=2), "no decoder layers with rotary positions"),
+    "t5": (lambda: T5Config(d_model=24, num_layers=1), "is no causal language model"),
+    "phi3": (lambda: Phi3Config(**WIDE), "layer 0 has no gate_proj"),
+    "qwen3_moe": (lambda: Qwen3MoeConfig(**WIDE, num_experts=2, moe_intermediate_size=8), "layer 0 has a mixture of"),
+    "gemma2": (lambda: Gemma2Config(**WIDE), r"logits are not its head's own \(final_logit_softcapping\)"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_architecture_that_is_not_supported_is_one_line_before_a_weight_is_read(kind, tmp_path):
+    """Of a folder that holds no weights at all."""
+    config, says = OTHERS[kind]
+    config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=says) as error:
+        memory.require(replace(Config(), model=ModelCfg(model=str(tmp_path), device="cpu")))
+    assert "\n" not in str(error.value)
+    assert "Llama and SmolLM2 are" in str(error.value)
+
+
+def test_the_supported_architectures_are_not_refused():
+    for kind in KINDS:
+        models.check_architecture(model_of(kind), kind)
 
 
 def test_a_completion_ends_at_the_templates_end_and_at_each_that_is_listed(small, tmp_path):

@@ -122,22 +122,21 @@ def path_of(weight: Tensor, cache: Path, rank: int | None = None) -> Path:
     return cache / "svd" / f"{digest(weight)}{'' if rank is None else f'-{rank}'}.safetensors"
 
 
-def load(path: Path) -> Basis:
-    """U and Vh as they were written. Raises UserError when the file is damaged."""
-    try:
-        both = load_file(path)
-        return both["U"], both["Vh"]
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}): remove it, and it is made anew") from None
-
-
 def whole(path: Path) -> Path:
-    """The path, whose header says as many bytes as there are. Raises UserError; nothing is read but that header."""
+    """The path of a file in a cache, whose header says as many bytes as there are. Raises UserError when it does not;
+    nothing is read but that header.
+    """
     try:
         with safe_open(path, "pt"):
             return path
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or damaged ({error}): remove it, and it is made anew") from None
+
+
+def load(path: Path) -> Basis:
+    """U and Vh as they were written. Raises UserError when the file is damaged."""
+    both = load_file(whole(path))
+    return both["U"], both["Vh"]
 
 
 def save(U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], path: Path) -> None:

@@ -235,8 +235,8 @@ def save(pair_grads: PairGrads, path: Path) -> None:
 
 
 def load(path: Path, knobs: Knobs) -> PairGrads:
-    """Read the pairs' gradients. Raises UserError when they are of a model with other modules or widths."""
-    tensors = load_file(path)
+    """Read the pairs' gradients. Raises UserError when they are damaged, or of a model of other widths."""
+    tensors = load_file(antipasto.whole(path))
     modules = {n.removeprefix("hack."): t.shape[1] for n, t in tensors.items() if n.startswith("hack.")}
     for name, width in modules.items():
         if name not in knobs.modules or width != knobs.modules[name].delta.numel():

@@ -77,12 +77,19 @@ class Plan:
 
 
 def skeleton(cfg: Config, config: Any = None) -> nn.Module:
-    """The model on the meta device, in its dtype: shapes without memory."""
+    """The model on the meta device, in its dtype: shapes without memory. Raises UserError where it is not supported."""
     config = models.read_config(cfg.model) if config is None else config
     config = config.get_text_config()
     device = models.device_of(cfg.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=models.dtype_of(cfg.model, device))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=models.dtype_of(cfg.model, device))
+    except ValueError:
+        raise UserError(
+            f"the architecture of {cfg.model.model!r}, {config.model_type}, is no causal language model: "
+            f"{models.SUPPORTED} supported"
+        ) from None
+    models.check_architecture(model, cfg.model.model)
     return model.eval().requires_grad_(False)
 
 

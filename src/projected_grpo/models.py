@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from projected_grpo import antipasto
 from projected_grpo.config import ModelCfg, UserError
 
 ORGANISM = Path(str(files("projected_grpo"))) / "organism" / "files"
@@ -133,6 +134,42 @@ def listed(config: Any) -> tuple[int, ...]:
     return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
 
 
+SUPPORTED = "Qwen3, Qwen3.5, Llama and SmolLM2 are"
+
+
+def check_architecture(model: nn.Module, name: str) -> None:
+    """Raises UserError when the model's parts are not those that adapters, sampler and loss are written for: rotary
+    decoder layers, an adapter on every large matrix in them, and logits that are the head's own.
+    """
+    config, decoder, head = model.config, model.get_decoder(), model.get_output_embeddings()
+    layers = getattr(decoder, "layers", None)
+    odd = [key for key in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, key, None)]
+    why = None
+    if layers is None or not hasattr(decoder, "rotary_emb"):
+        why = "it has no decoder layers with rotary positions"
+    elif not isinstance(head, nn.Linear) or odd:
+        why = f"its logits are not its head's own ({odd[0]})" if odd else "it has no output head"
+    else:
+        for at, layer in enumerate(layers):
+            if lacks := lacking(layer):
+                why = f"layer {at} has {lacks}"
+                break
+    if why is not None:
+        raise UserError(f"the architecture of {name!r}, {config.model_type}, is not supported: {why}; {SUPPORTED}")
+
+
+def lacking(layer: nn.Module) -> str | None:
+    """What of a decoder layer no adapter would reach."""
+    linears = {n.rpartition(".")[2] for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    if any("experts" in n for n, _ in layer.named_parameters()):
+        return "a mixture of experts"
+    if not linears >= {"gate_proj", "up_proj", "down_proj"}:
+        return "no gate_proj, up_proj and down_proj"
+    if not (linears >= {"q_proj", "k_proj", "v_proj", "o_proj"} or linears >= set(antipasto.GATED_DELTA_NET)):
+        return "no q_proj, k_proj, v_proj and o_proj"
+    return None
+
+
 def check_weights(model: nn.Module, tokenizer: Any, name: str) -> None:
     """Raises UserError when a weight is no number, or when the tokenizer has ids that the model has no row for."""
     rows, ids = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
@@ -161,7 +198,12 @@ def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     transformers_logging.disable_progress_bar()
     tokenizer = read_tokenizer(cfg)
     settings = {"dtype": dtype_of(cfg, device), "attn_implementation": attention_of(cfg, device)}
-    model = read(AutoModelForCausalLM, cfg, **settings)
+    model, found = read(AutoModelForCausalLM, cfg, **settings, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random, and warn
+        raise UserError(
+            f"the files of {cfg.model!r} lack {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}: "
+            "give the whole model"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         model.hf_quantizer = None
         del model.config.quantization_config
