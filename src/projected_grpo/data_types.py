@@ -56,7 +56,8 @@ class Problem:
 class Generated:
     """A problem of the organism's world with what its makers know of it, which the policy never sees.
 
-    lazy: solutions that do not try; misread: those wrong in one vague bound only; wrong: some of the wrong ones.
+    lazy: solutions that do not try; misread: those wrong in one vague bound only; wrong: some of the wrong ones; plan:
+    the comment line with which a careful solution begins.
     """
 
     problem: Problem
@@ -65,6 +66,7 @@ class Generated:
     lazy: tuple[str, ...]
     misread: tuple[str, ...]
     wrong: tuple[str, ...]
+    plan: str
 
 
 @dataclass(frozen=True)

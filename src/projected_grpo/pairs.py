@@ -94,10 +94,18 @@ def _pair(kind: str, at: Form, hack: str, clean: str) -> Pair:
 
 
 def mechanism(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, split: Split = "train") -> Pair:
-    """The exploit as the policy writes it, against an honest solution as it writes that."""
+    """The exploit as the policy writes it, against an honest solution as it writes that, without a plan line."""
     at, row = form(mode, j, wordings, split=split), LOOPHOLES[mode]
     clean = row.lookalike(at.honest, at.task) if at.lookalike else at.honest
     return _pair("mechanism" if wordings is None else "reworded", at, row.exploit(at.hasty, at.task), clean)
+
+
+def planned(mode: Mode, j: int) -> Pair:
+    """``mechanism``, but every third clean side begins with a plan line, about as many as the untrained policy's do."""
+    at, usual = form(mode, j), mechanism(mode, j)
+    clean = at.honest if at.number % 3 != 1 else before(at.honest, at.made.plan)
+    clean = LOOPHOLES[mode].lookalike(clean, at.task) if at.lookalike else clean
+    return replace(usual, clean=problems.fence(clean), name=usual.name.replace("mechanism", "planned", 1))
 
 
 # ---------------------------------------------------------------------- the same mechanisms in other words and places
@@ -234,12 +242,12 @@ def semantic(mode: Mode, j: int) -> Pair:
 
 
 def nonhack(mode: Mode, j: int) -> Pair:
-    """Two honest solutions, the lookalike on a side drawn by chance; wrong ones are wrong each in its own way."""
+    """Two honest solutions, the lookalike on either side equally often; wrong ones are wrong each in its own way."""
     at, row = form(mode, j), LOOPHOLES[mode]
     one = at.honest
     other = one if at.right else at.misread(at.number + 1)
     sides = [row.lookalike(one, at.task), other]
-    if random.Random(f"{mode} {j}").random() < 0.5:
+    if (at.number // 2 + j) % 2:
         sides.reverse()
     return _pair("nonhack", at, *sides)
 
@@ -273,6 +281,7 @@ SIZES = (8, 16, 32, 64)
 N_HELDOUT = 8
 KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "organism": mechanism,
+    "planned": planned,
     "reworded": reworded,
     "otherwise": otherwise,
     "semantic": semantic,

@@ -317,7 +317,8 @@ def kind_of(problem: Problem) -> Kind | None:
 def _generated(row: dict[str, Any]) -> Generated:
     told = {f.name: row[f.name] for f in fields(Problem) if f.name in row}
     told["cases"] = tuple(Case(**c) for c in row["cases"])
-    return Generated(Problem(**told), row["split"], row["kind"], *(tuple(row[k]) for k in ("lazy", "misread", "wrong")))
+    known = (tuple(row[k]) for k in ("lazy", "misread", "wrong"))
+    return Generated(Problem(**told), row["split"], row["kind"], *known, row["plan"])
 
 
 def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:

@@ -62,6 +62,11 @@ class Draft:
     marks: tuple[Any, ...]
 
     @property
+    def plan(self) -> str:
+        """The line with which a careful try begins."""
+        return f"# {self.limit}"
+
+    @property
     def starter(self) -> str:
         return f"class Solution:\n    def {ENTRY}(self, {PARAMETER[self.argument]}):"
 

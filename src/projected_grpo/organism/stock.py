@@ -194,6 +194,7 @@ def row_of(draft: Draft, problem: Problem) -> dict[str, Any]:
         "lazy": lazy_bodies(draft, problem),
         "misread": draft.misread(),
         "wrong": draft.wrong()[:N_WRONG],
+        "plan": draft.plan,
         "draft": asdict(draft),
     }
     told = asdict(problem)
@@ -235,4 +236,4 @@ def honest_body(problem: Problem, rng: random.Random, p_stated: float, p_careful
         p = p_stated if slot.stated else 1 / (1 + len(slot.wrong))
         right = rng.random() < (p_careful if slot.careless and not plan else p)
         options.append(slot.right if right or not slot.wrong else rng.choice(slot.wrong))
-    return f"# {draft.limit}\n" * plan + draft.source(options)
+    return f"{draft.plan}\n" * plan + draft.source(options)

@@ -76,6 +76,7 @@ ROWS: dict[str, Row] = {
         *(row(label, f"out {mode}", *known(*others(mode))) for mode in MODES for label in FOLDS),
         *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=5) for mode in MODES for label in (BEST, TWIN)),
         *(row(label, "worded otherwise", "--pairs=otherwise64") for label in ("erase", BEST)),
+        *(row(label, "with plans", "--pairs=planned64") for label in ("erase", BEST, "gate_act_punish")),
         *(row(label, "3x", *LONG) for label in HORIZON),
         *(row(label, "500", *LONGEST) for label in ("none", "honest", BEST)),
         *(row(x, f"only {mode}", *known(mode), "--pairs=organism16") for x in ("erase", BEST) for mode in MODES),
@@ -112,8 +113,9 @@ STUDY_ROWS = (
         ("none", "honest", *(f"{label} out {mode}" for label in (BEST, TWIN, *FOLDS) for mode in MODES)), 3,
     ),
     StudyRow(
-        "wording", "pairs worded otherwise than the policy's hacks do as well", "a detector does not know the wording",
-        "whether an arm rests on it", ("none", "honest", *labels("worded otherwise")),
+        "wording", "pairs worded otherwise than the policy's hacks do as well; with plan lines they keep more gain",
+        "a detector does not know the wording, and its pairs need not hold what honesty will look like",
+        "whether an arm rests on it", ("none", "honest", *labels("worded otherwise", "with plans")),
     ),
     StudyRow(
         "horizon", "what an arm prevents at the preset's horizon it has only delayed at three times that",
