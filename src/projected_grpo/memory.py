@@ -68,12 +68,13 @@ class Plan:
         return max(there, key=lambda p: p.bytes).knob
 
     def table(self) -> str:
-        """Printed before anything is loaded."""
-        from tabulate import tabulate  # here, as everywhere on the way to a step: a GPU's image may lack it
-
+        """Printed before anything is loaded; by hand, as a GPU's image may lack what makes tables."""
         rows = [(p.when, p.name, p.bytes / GB, p.knob) for p in self.parts]
         rows.append(("", f"peak, in {self.phase}", self.peak / GB, ""))
-        return tabulate(rows, headers=("when", "what", "GB", "lower it by"), floatfmt=".3f")
+        lines = [f"{'when':<15} {'what':<47} {'GB':>8}  lower it by"]
+        return "\n".join(
+            lines + [f"{when:<15} {what:<47} {gb:>8.3f}  {knob}".rstrip() for when, what, gb, knob in rows]
+        )
 
 
 def skeleton(cfg: Config, config: Any = None) -> nn.Module:
