@@ -155,3 +155,30 @@ def test_layer_window_and_rank(cache):
     assert {len(m.delta) for m in knobs.modules.values()} == {3}
     with pytest.raises(UserError, match="widen --layers"):
         antipasto.wrap(tiny_model(), cache, layers=(0.9, 0.95))
+
+
+def test_w_prime_is_formed_once_for_the_same_gains(wrapped, monkeypatch):
+    """The base needs none, and coming back to the knobs as they stand needs no new one."""
+    model, knobs = wrapped
+    formed, form = [], antipasto.round_stochastic
+    monkeypatch.setattr(antipasto, "round_stochastic", lambda *args: formed.append(1) or form(*args))
+    expected, held = model(torch.arange(2, 12)[None]).logits, [m.merged for m in knobs.modules.values()]
+    knobs.merge()
+    with knobs.using("base"):
+        base = model(torch.arange(2, 12)[None]).logits
+        assert all(m.merged is None and m.acting is None for m in knobs.modules.values())
+    assert not torch.equal(base, expected)
+    assert torch.equal(model(torch.arange(2, 12)[None]).logits, expected)
+    assert all(m.merged is before for m, before in zip(knobs.modules.values(), held, strict=True))
+    assert not formed
+    with knobs.using("deployed"):
+        assert len(formed) == len(held)
+    assert len(formed) == 2 * len(held)
+    with torch.no_grad():
+        for m in knobs.modules.values():
+            m.delta_hack.zero_()
+    knobs.merge()
+    formed.clear()
+    with knobs.using("deployed"):  # the quarantine is empty: the same gains
+        pass
+    assert not formed

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from projected_grpo import sampling
+from projected_grpo import decoding, sampling
 from projected_grpo.data_types import Sampling
 
 
@@ -74,9 +74,9 @@ def test_a_rows_tokens_do_not_depend_on_who_shares_its_padding():
 
 def test_nucleus_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert sampling.nucleus(logits, 0.7).isinf().tolist() == [[False, False, True, True]]
-    assert sampling.nucleus(logits, 0.5).isinf().tolist() == [[False, True, True, True]]
-    assert sampling.nucleus(logits, 1.0) is logits
+    assert decoding.nucleus(logits, 0.7).isinf().tolist() == [[False, False, True, True]]
+    assert decoding.nucleus(logits, 0.5).isinf().tolist() == [[False, True, True, True]]
+    assert decoding.nucleus(logits, 1.0) is logits
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
@@ -88,5 +88,5 @@ def test_logp_is_that_of_the_distribution_drawn_from(top_p):
     for prompt, row in zip([p for p in PROMPTS for _ in range(2)], rows, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *row.ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
-        logp = sampling.nucleus(logits, top_p).log_softmax(-1).gather(-1, torch.tensor(row.ids)[:, None])[:, 0]
+        logp = decoding.nucleus(logits, top_p).log_softmax(-1).gather(-1, torch.tensor(row.ids)[:, None])[:, 0]
         assert row.logp == pytest.approx(logp.tolist(), abs=1e-4)

@@ -15,20 +15,21 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_models import model_of, moved
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5Config
 
-from projected_grpo import antipasto, memory, models, sampling, train
+from projected_grpo import antipasto, decoding, memory, models, sampling, train
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, UserError
 from projected_grpo.data_types import Sampling
 from projected_grpo.runs import json_lines
 from projected_grpo.sampling import refuse, sampler_of
 from projected_grpo.scale import vllm_sampling
+from projected_grpo.scale.sharded import merged_parameters
 from projected_grpo.scale.vllm_sampling import VllmSampler
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
-NAME = sampling.cache_name(tiny_model(torch.float32).get_decoder())
+NAME = decoding.cache_name(tiny_model(torch.float32).get_decoder())
 
 
 # --- the stub
@@ -98,9 +99,9 @@ class LLM:
 
     @torch.inference_mode()
     def generate(self, prompts, sampling_params, *, use_tqdm=True):
-        assert len(prompts) == len(sampling_params)
-        self.asked += sampling_params
-        written = [self.complete(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+        assert sampling_params.seed is None  # a request's own seed switches vLLM's fast sampler off
+        self.asked.append(sampling_params)
+        written = [self.complete(p["prompt_token_ids"], sampling_params) for p in prompts]
         return [
             SimpleNamespace(outputs=[SimpleNamespace(
                 token_ids=tuple(ids), logprobs=[{i: SimpleNamespace(logprob=p)} for i, p in zip(ids, logp, strict=True)]
@@ -109,7 +110,7 @@ class LLM:
         ]  # fmt: skip
 
     def complete(self, prompt, params):
-        ids, logp, dice = [], [], torch.Generator().manual_seed(params.seed)
+        ids, logp = [], []
         if tuple(prompt) not in self.prefix:
             self.prefix[tuple(prompt)] = self.model.bare(torch.tensor([prompt]), use_cache=True)
         read = self.prefix[tuple(prompt)]
@@ -122,8 +123,8 @@ class LLM:
                 kept = logits
                 token = int(logits.argmax())
             else:
-                kept = sampling.nucleus(logits / params.temperature, params.top_p)
-                token = int(torch.multinomial(kept.softmax(-1), 1, generator=dice))
+                kept = decoding.nucleus(logits / params.temperature, params.top_p)
+                token = int(torch.multinomial(kept.softmax(-1), 1))  # from the process's global generator
             ids.append(token)
             assert params.logprobs == 0
             logp.append(float(kept.log_softmax(-1)[0, token]))
@@ -165,7 +166,7 @@ def beside(model, cache, ends=()):
     """(model wrapped, knobs, vLLM's sampler) of a plain model; the engine has its own copy."""
     llm = LLM(deepcopy(model), ends)
     knobs = antipasto.wrap(model, cache)
-    return model, knobs, VllmSampler(llm, knobs)
+    return model, knobs, VllmSampler(llm, knobs, lambda name: name)
 
 
 def logits(model) -> torch.Tensor:
@@ -223,14 +224,46 @@ def test_only_what_moved_is_pushed(cache):
     assert torch.equal(logits(sample.llm.model.bare), logits(model))
 
 
-def test_names_are_those_of_the_checkpoint_that_the_engine_read():
-    """A vision-language checkpoint keeps the text model under another name than transformers' text model has."""
+def test_names_are_those_of_the_checkpoint_that_the_engine_reads(tmp_path, cache):
+    """A vision-language checkpoint keeps the text model under another name than transformers' text model has: for our
+    engine and for TRL's, which is given every weight.
+    """
+    text = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}  # fmt: skip
+    Qwen3_5Config(text_config=text).save_pretrained(tmp_path / "both")
+    model, knobs, _ = beside(tiny_model(torch.float32), cache)
+    moved(knobs)
+    names = models.checkpoint_names(models.ModelCfg(model=str(tmp_path / "both")))
     given = []
-    text = SimpleNamespace(load_weights=lambda pairs: given.extend(n for n, _ in pairs))
-    weights = [("model.layers.0.mlp.up_proj.weight", torch.zeros(1))]
-    vllm_sampling.load(text, weights)
-    vllm_sampling.load(SimpleNamespace(language_model=None, load_weights=text.load_weights), weights)
-    assert given == ["model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"]
+    engine = SimpleNamespace(load_weights=lambda pairs: given.extend(name for name, _ in pairs))
+    llm = SimpleNamespace(apply_model=lambda load: load(engine))
+    pushed = VllmSampler(llm, knobs, names).push()
+    assert pushed == given
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in given
+    assert all(name.startswith("model.language_model.layers.") for name in given)
+    theirs = [name for name, _ in merged_parameters(model, knobs, names)]
+    assert set(given) < set(theirs)
+    assert {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"} < set(theirs)
+    assert names("lm_head.weight") == "lm_head.weight"
+    assert models.checkpoint_names(models.ModelCfg())("model.norm.weight") == "model.norm.weight"
+
+
+def test_a_log_prob_that_is_no_number_is_an_error(cache, monkeypatch):
+    _, _, sample = beside(tiny_model(torch.float32), cache)
+    broken = SimpleNamespace(token_ids=(5,), logprobs=[{5: SimpleNamespace(logprob=float("nan"))}])
+    monkeypatch.setattr(sample.llm, "generate", lambda *_, **__: [SimpleNamespace(outputs=[broken])])
+    with pytest.raises(FloatingPointError, match="no number"):
+        sample([[5]], 1, Sampling(2, (1,), 0), torch.Generator())
+
+
+def test_sampled_log_probs_are_those_of_the_draws(cache):
+    """At the temperature and within the nucleus, in the order of the tokens."""
+    model, _, sample = beside(tiny_model(torch.float32), cache)
+    for row, prompt in zip(sample(PROMPTS, 1, Sampling(6, (1,), 0, 0.7, 0.9), torch.Generator()), PROMPTS, strict=True):
+        with torch.no_grad():
+            read = model(torch.tensor([[*prompt, *row.ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logp = decoding.nucleus(read, 0.9).log_softmax(-1).gather(-1, torch.tensor(row.ids)[:, None])[:, 0]
+        assert row.logp == pytest.approx(logp.tolist(), abs=1e-4)
 
 
 # --- tokens
@@ -289,7 +322,6 @@ def test_tokens_are_a_function_of_the_generator(cache):
     assert len(first) == 12
     assert len({c.ids for c in first}) > 6
     assert (drawn(1), drawn(2) != first) == (first, True)
-    assert len({s.seed for s in sample.llm.asked[:12]}) == 12
     assert {(s.temperature, s.top_p, s.max_tokens) for s in sample.llm.asked} == {(0.7, 0.9, 6)}
 
 
@@ -309,7 +341,7 @@ def test_a_run_and_one_that_goes_on_with_it(tmp_path, monkeypatch, vllm):
     """
     vllm.LLM, engines = started()
     monkeypatch.setattr(vllm_sampling, "refuse", lambda cfg: None)
-    monkeypatch.setattr(sampling, "sample_lot", None)
+    monkeypatch.setattr(sampling, "decode", None)
     argv = [*SMALL, "--sampler=vllm", f"--outputs={tmp_path}"]
     whole = train.train(parse([*argv, "--name=whole"]))
     assert (engines[0].share, engines[0].longest) == (0.25, 256 + 48)
@@ -367,9 +399,11 @@ def test_what_cannot_work_is_refused(monkeypatch, tmp_path):
 
 
 def test_trls_loop_has_its_own_vllm():
-    settings = pytest.importorskip("projected_grpo.trl_settings", reason="needs the extra trl")
+    pytest.importorskip("trl", reason="needs the extra trl")
+    from projected_grpo.scale import trl_trainer
+
     with pytest.raises(UserError, match="--vllm=colocate"):
-        settings.refuse(config(), settings.Ranks(0, 1), "off")
+        trl_trainer.refuse(config(), trl_trainer.Ranks(0, 1), "off")
 
 
 def test_an_engine_that_does_not_start_is_said_in_a_line(vllm, cache):
@@ -399,6 +433,10 @@ def test_the_memory_plan_counts_vllms_share():
     assert {p.name: p.bytes for p in made.parts}[memory.VLLM] == total
     assert made.of("always") == memory.plan(own).of("always") + total
     assert (made.of("sampling"), memory.plan(own).of("sampling") > 0) == (0, True)
+    colocated = memory.plan(own, total=4 * memory.GB, colocated=True)
+    assert colocated.of("TRL's sampling") == total
+    assert colocated.of("training") == memory.plan(own).of("training")
+    assert colocated.of("sampling") == memory.plan(own).of("sampling") > 0  # evaluations, while the engine sleeps
     with pytest.raises(UserError, match="raise --vllm-memory"):
         memory.require(config(device="cpu", vllm_memory=1e-6), device_gb=4)
     with pytest.raises(UserError, match="lower --vllm-memory"):

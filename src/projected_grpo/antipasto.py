@@ -230,6 +230,11 @@ def round_stochastic(w: Float[Tensor, "o i"], dtype: torch.dtype, seed: int) -> 
     return (bits & -65536).view(torch.float32).to(torch.bfloat16)
 
 
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two gains (r,) are the same; None is none at all."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
 class AntipastoLinear(nn.Module):
     """A frozen Linear with knobs ``delta`` (δS) and ``delta_hack`` (δS_hack), both float32 of shape (r,). ``content``:
     the ``digest`` of W, taken once.
@@ -262,8 +267,11 @@ class AntipastoLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, use: Use) -> None:
-        """Form W' for the knobs in use. All of them zero means W itself."""
-        self.acting = gain = self.gain(use)
+        """Form W' for the knobs in use, where it was not made with the same gains. All of them zero means W itself."""
+        gain = self.gain(use)
+        if alike(gain, self.acting):
+            return
+        self.acting = gain
         if gain is None:
             self.merged = None
             return
@@ -310,11 +318,17 @@ class Knobs:
 
     @contextmanager
     def using(self, use: Use) -> Iterator[None]:
-        """The one ablation context: the model with these knobs only; afterwards with all of them again."""
+        """The one ablation context: the model with these knobs only; afterwards with all of them again.
+
+        For the base nothing has to be formed, and W' is kept: inside, the knobs must not move.
+        """
+        held = [(m, m.acting, m.merged) for m in self.modules.values()] if use == "base" else []
         self.merge(use)
         try:
             yield
         finally:
+            for m, acting, merged in held:
+                m.acting, m.merged = acting, merged
             self.merge("trained")
 
     @contextmanager

@@ -20,7 +20,6 @@ from projected_grpo import antipasto, loss, models
 from projected_grpo.antipasto import AntipastoLinear
 from projected_grpo.command_line import parse, run_main
 from projected_grpo.config import Config, Positive, UserError
-from projected_grpo.sampling import RoomyLayer
 
 GB = 1e9
 COUNTED = 192
@@ -148,9 +147,10 @@ def cache_bytes(config: Any, size: int) -> tuple[float, float]:
     return token, row
 
 
-def plan(cfg: Config, config: Any = None, total: float | None = None) -> Plan:
+def plan(cfg: Config, config: Any = None, total: float | None = None, colocated: bool = False) -> Plan:
     """The parts of a run of ``cfg``; ``config``: a transformers configuration in place of the model's own. total: bytes
-    of the device, of which vLLM takes a share; those of this machine when None.
+    of the device, of which vLLM takes a share; those of this machine when None. colocated: TRL's engine, which holds
+    its share while it generates and sleeps otherwise.
     """
     model = skeleton(cfg, config)
     config, size = model.config, model.dtype.itemsize
@@ -176,18 +176,19 @@ def plan(cfg: Config, config: Any = None, total: float | None = None) -> Plan:
     sampled = min(rows - cfg.rl.prompts_per_step * cfg.n_teacher, cfg.model.sample_rows or rows)
     token, state = cache_bytes(config, size)
     per_layer = token / max(1, config.num_hidden_layers)
-    room = length + RoomyLayer.SPARE
-    drawn = 3 + 6 * (cfg.rl.top_p < 1)
+    drawn = 4 + 2 * (cfg.rl.top_p < 1)
     n_prompts = max(1, sampled // max(1, cfg.rl.group - cfg.n_teacher))
     largest = max(o * i for o, i, _ in shapes)
     sampler: tuple[Part, ...] = (
-        Part("key-value cache", sampled * (room * token + length * per_layer + state), "sampling", "--sample-rows"),
+        Part("key-value cache", sampled * (length * (token + per_layer) + state), "sampling", "--sample-rows"),
+        Part("prompts' cache", n_prompts * (cfg.data.max_prompt * token + state), "sampling", "--sample-rows"),
         Part("logits and draws of one token", drawn * sampled * vocab * 4, "sampling", "--sample-rows"),
         Part("reading the prompts", n_prompts * cfg.data.max_prompt * 6 * widest * size, "sampling", "--sample-rows"),
     )
-    if cfg.model.sampler == "vllm":
+    if cfg.model.sampler == "vllm" or colocated:
         share = cfg.model.vllm_memory * (total or device_bytes(models.device_of(cfg.model)))
-        sampler = (Part(VLLM, share, "always", "--vllm-memory"),)
+        engine = Part(VLLM, share, "TRL's sampling" if colocated else "always", "--vllm-memory")
+        sampler = (*sampler, engine) if colocated else (engine,)
     parts = (
         Part("weights", weights, "always", "--model"),
         Part("U and Vh", sum((o + i) * r for o, i, r in shapes) * size, "always", "--svd-rank or --layers"),
@@ -226,10 +227,10 @@ def device_bytes(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def require(cfg: Config, device_gb: float | None = None) -> Plan:
+def require(cfg: Config, device_gb: float | None = None, colocated: bool = False) -> Plan:
     """The plan. Raises UserError, naming the flag to lower, when it does not fit."""
     total = device_gb * GB if device_gb else device_bytes(models.device_of(cfg.model))
-    made = plan(cfg, total=total)
+    made = plan(cfg, total=total, colocated=colocated)
     held = {p.name: p.bytes for p in made.parts}
     if held.get(VLLM, held["weights"]) < held["weights"]:
         raise UserError(

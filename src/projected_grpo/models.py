@@ -1,5 +1,7 @@
 """Load a model and its tokenizer by name: the organism, SmolLM2 from its package, a local folder, or a hub id."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -89,6 +91,16 @@ def read(what: Any, cfg: ModelCfg, **settings: Any) -> Any:
 def read_config(cfg: ModelCfg) -> Any:
     """The model's configuration alone."""
     return read(AutoConfig, cfg)
+
+
+def checkpoint_names(cfg: ModelCfg) -> Callable[[str], str]:
+    """The names of our text model's weights -> those in the checkpoint that it was read from, which are what an engine
+    that reads the same checkpoint takes. A vision-language checkpoint keeps the text model inside.
+    """
+    config = read_config(cfg)
+    if config.get_text_config() is config:
+        return lambda name: name
+    return lambda name: re.sub(r"^model\.", "model.language_model.", name)
 
 
 TURN = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "The answer is 7."}]

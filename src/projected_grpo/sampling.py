@@ -1,26 +1,25 @@
-"""Batched sampling with a key-value cache, one call for all prompts and rollouts of a step.
+"""Sampling with a key-value cache, one call for all prompts and rollouts of a step.
 
-Four things make it cheaper than a general ``generate``: each distinct prompt is read once and its cache entry
-copied to its rollouts; rows that have ended leave the batch; a token is appended to the cache in place; and nothing
-is done a token that does not depend on it. Under the same generator it draws the same tokens as transformers'
-``generate`` (a check holds it to that).
+Four things make it cheaper than a general ``generate``: each distinct prompt is read once and its cache entry copied to
+its rollouts; rows that have ended make room for waiting ones, or leave the batch where none wait; a token is written
+into the cache in place; and nothing is done a token that does not depend on it (``decoding``). Under the same generator
+it draws the same tokens as transformers' ``generate`` (a check holds it to that).
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from inspect import signature
-from typing import Any, Protocol, runtime_checkable
+from itertools import islice
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from torch import nn
 
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config
 from projected_grpo.data_types import Completion, Sampling
-from projected_grpo.loss import logits_of
+from projected_grpo.decoding import Read, Slots, pace_of, read, takes_joiners
 
 
 @runtime_checkable
@@ -35,145 +34,85 @@ class Sampler(Protocol):
     ) -> list[Completion]: ...
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values (b, h, s, d) with room to append in place.
-
-    transformers' own layer copies all of them for every token, about a tenth of the organism's sampling time.
-    ``keys`` and ``values`` are views of the filled part of ``room``; a new room is made every ``SPARE`` tokens, and
-    after rows were reordered or dropped.
-    """
-
-    SPARE = 64
-    room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self.room is None or self.room[0].shape[-2] < end:
-            room = [n.new_empty(*n.shape[:-2], end + self.SPARE, n.shape[-1]) for n in (key_states, value_states)]
-            if start:
-                room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
-            self.room = (room[0], room[1])
-        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = key_states, value_states
-        self.keys, self.values = self.room[0][:, :, :end], self.room[1][:, :, :end]
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Int[Tensor, " n"]) -> None:
-        super().reorder_cache(beam_idx)
-        self.room = None
+CROWDED = 0.8
+"""Share of slots with a row that goes on under which ended ones give way."""
 
 
-def roomy_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache for the model; layers of other kinds (linear attention, sliding windows) are transformers' own."""
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def cache_name(decoder: nn.Module) -> str:
-    """What the installed transformers calls the cache. A name that it does not know it would swallow in silence."""
-    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
-
-
-def nucleus(logits: Float[Tensor, "b v"], top_p: float) -> Float[Tensor, "b v"]:
-    """Logits with all but the smallest set of tokens that holds probability top_p set to −inf."""
-    if top_p >= 1:
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.masked_fill(
-        torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p), -torch.inf
-    )
-
-
-def draw(logits: Float[Tensor, "b v"], race: Float[Tensor, "b v"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
-    """One token a row and its probability: argmax of p over an Exp(1) variable, the exponential race that
-    torch.multinomial runs.
-    """
-    p = logits.softmax(-1)
-    token = (p / race).argmax(-1)
-    return token, p.gather(-1, token[:, None])[:, 0]
-
-
+@torch.inference_mode()
 def sample(
     model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator,
     rows: int | None = None,
 ) -> list[Completion]:  # fmt: skip
     """n completions of each prompt, prompt by prompt: row i·n + j is completion j of prompt i.
 
-    rows: at most so many rows at once, one call of ``sample_lot`` after the other; all together when None.
+    rows: at most so many at once, all of them when None; one that has ended makes room for a waiting one. Random
+    numbers are drawn on the model's device: from ``generator``, or from one there that it seeds. The generator's state
+    after a call without waiting rows depends on the number of turns and not on which rows had ended.
     """
-    if rows is None or len(prompts) * n <= rows:
-        return sample_lot(model, prompts, n, how, generator)
-    if n > rows:
-        parts = [min(rows, n - i) for i in range(0, n, rows)]
-        return [c for prompt in prompts for k in parts for c in sample_lot(model, [prompt], k, how, generator)]
-    size = rows // n
-    lots = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    return [c for lot in lots for c in sample_lot(model, lot, n, how, generator)]
+    asked = [i for i in range(len(prompts)) for _ in range(n)]
+    most = min(rows or len(asked), len(asked))
+    dice = generator
+    if dice.device.type != model.device.type:
+        seed = torch.randint(1 << 62, (), generator=generator, device=generator.device)
+        dice = torch.Generator(device=model.device).manual_seed(int(seed))
+    if takes_joiners(model):
+        return decode(model, prompts, asked, most, how, dice)
+    whole = most // n * n or most  # a prompt's rollouts in one lot where they fit in
+    written: list[Completion] = []
+    for lot in (asked[i : i + whole] for i in range(0, len(asked), whole)):
+        written += decode(model, prompts[lot[0] : lot[-1] + 1], [i - lot[0] for i in lot], len(lot), how, dice)
+    return written
 
 
-@torch.inference_mode()
-def sample_lot(
-    model: nn.Module, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
-) -> list[Completion]:
-    """n completions of each prompt, in one batch.
+def decode(
+    model: nn.Module, prompts: Sequence[Sequence[int]], asked: Sequence[int], most: int, how: Sampling,
+    dice: torch.Generator,
+) -> list[Completion]:  # fmt: skip
+    """A completion of prompt ``asked[row]`` for every row, at most so many at once. asked: in order."""
+    slots = Slots(model, how, most, len(asked), max(map(len, prompts)), pace_of(model))
+    queue = Queue(model, prompts, asked, max(1, most * len(prompts) // len(asked)), how, deque(range(len(asked))))
+    while True:
+        going = len(slots.rows) - len(slots.free)
+        roomy = going < CROWDED * len(slots.rows)
+        if queue.rows and roomy:
+            queue.seat(slots, dice)
+            continue
+        if not going:
+            return slots.written()
+        if roomy:
+            slots.shrink()
+        slots.take_turns(dice)
 
-    ``generator`` lives on the CPU or on the model's device; its state after the call depends on the number of steps
-    taken and not on which rows had ended.
+
+@dataclass
+class Queue:
+    """Rows that wait for a slot, in order. Prompts are read ``at_once``, when the first of their rows is seated:
+    ``lot`` are those that were read last, from prompt ``first`` on.
     """
-    device, width, max_new = model.device, max(map(len, prompts)), how.max_new
-    eos = torch.tensor(how.eos, device=device)
-    ids = torch.tensor([[how.pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = roomy_cache(model)
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    kept = {cache_name(decoder): cache}
-    h = decoder(
-        input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, **kept
-    ).last_hidden_state[:, -1]
-    assert cache.get_seq_length() == width, "the model did not fill the cache that it was given"
-    copies = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache.reorder_cache(copies)
-    logits, position = logits_of(head, h)[copies], positions[copies, -1]
-    attention = torch.cat([attention[copies], attention.new_ones(len(copies), max_new)], dim=1)
-    rows = torch.arange(len(copies), device=device)
-    out = torch.full((len(copies), max_new), how.pad, device=device)
-    p = torch.ones(len(copies), max_new, device=device)
-    length = torch.full((len(copies),), max_new, device=device)
-    live = torch.ones(len(copies), dtype=torch.bool, device=device)
-    for t in range(max_new):
-        logits = logits[:, : how.vocab].float()
-        if how.temperature == 0:
-            token = logits.argmax(-1)
-            chosen = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
-        else:
-            race = torch.empty(len(copies), logits.shape[-1], device=generator.device).exponential_(generator=generator)
-            token, chosen = draw(nucleus(logits / how.temperature, how.top_p), race.to(device)[rows])
-        out[rows, t], p[rows, t] = torch.where(live[rows], token, how.pad), chosen
-        ended = torch.isin(token, eos)
-        length[rows[live[rows] & ended]] = t + 1
-        live[rows[ended]] = False
-        if t + 1 == max_new or not live.any():
-            break
-        if live[rows].float().mean() < 0.8:
-            keep = live[rows].nonzero()[:, 0]
-            cache.reorder_cache(keep)
-            rows, token, position, attention = rows[keep], token[keep], position[keep], attention[keep]
-        position = position + 1
-        h = decoder(
-            input_ids=token[:, None],
-            attention_mask=attention[:, : width + t + 1],
-            position_ids=position[:, None],
-            use_cache=True,
-            **kept,
-        ).last_hidden_state[:, -1]
-        logits = logits_of(head, h)
-    found = zip(out.tolist(), p.log().tolist(), length.tolist(), strict=True)
-    return [Completion(tuple(ids[:k]), tuple(logp[:k])) for ids, logp, k in found]
+
+    model: nn.Module
+    prompts: Sequence[Sequence[int]]
+    asked: Sequence[int]
+    at_once: int
+    how: Sampling
+    rows: deque[int]
+    lot: Read | None = None
+    first: int = 0
+
+    def seat(self, slots: Slots, dice: torch.Generator) -> None:
+        """Rows into the free slots, as many as there are."""
+        free = slots.free
+        while free and self.rows:
+            if self.lot is None or self.asked[self.rows[0]] >= self.first + len(self.lot.sizes):
+                self.first = self.asked[self.rows[0]]
+                self.lot = read(self.model, self.prompts[self.first : self.first + self.at_once], self.how)
+            end = self.first + len(self.lot.sizes)
+            here = [row for row in islice(self.rows, len(free)) if self.asked[row] < end]
+            slots.admit(free[: len(here)], here, self.lot, [self.asked[row] - self.first for row in here], dice)
+            free = free[len(here) :]
+            for _ in here:
+                self.rows.popleft()
+        slots.look()
 
 
 def refuse(cfg: Config) -> None:
@@ -190,4 +129,4 @@ def sampler_of(model: nn.Module, knobs: Knobs, cfg: Config) -> Sampler:
         return partial(sample, model, rows=cfg.model.sample_rows)
     from projected_grpo.scale import vllm_sampling
 
-    return vllm_sampling.VllmSampler(vllm_sampling.engine(model, cfg), knobs)
+    return vllm_sampling.sampler(model, knobs, cfg)

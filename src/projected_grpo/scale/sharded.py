@@ -6,7 +6,7 @@ W' is never formed, so a token costs two more products per Linear than with a me
 own: ∂L/∂ε_i is row i's gradient, as in ``antipasto``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from projected_grpo.antipasto import AntipastoLinear, Knobs, Use, round_stochastic
+from projected_grpo.antipasto import AntipastoLinear, Knobs, Use, alike, round_stochastic
 
 
 class UnmergedLinear(AntipastoLinear):
@@ -66,9 +66,12 @@ def unsharded(model: nn.Module, knobs: Knobs) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def merged_parameters(model: nn.Module, knobs: Knobs) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(
+    model: nn.Module, knobs: Knobs, names: Callable[[str], str] = lambda name: name
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the model without adapters whose weights are W' at the trained knobs: what an inference engine
-    is to load. Gathering a sharded tensor is one act of all processes, so each of them must iterate to the end.
+    is to load, under the checkpoint's names (``models.checkpoint_names``). Gathering a sharded tensor is one act of all
+    processes, so each of them must iterate to the end.
     """
 
     def whole(t: Tensor) -> Tensor:
@@ -80,10 +83,12 @@ def merged_parameters(model: nn.Module, knobs: Knobs) -> Iterator[tuple[str, Ten
             continue
         module = knobs.modules.get(owner.removesuffix(".linear"))
         if module is None:
-            yield name, whole(parameter)
+            yield names(name), whole(parameter)
             continue
         W, gain = whole(parameter), module.gain("trained") if leaf == "weight" else None
-        if gain is not None:
+        if gain is not None and module.merged is not None and alike(gain, module.acting):
+            W = module.merged
+        elif gain is not None:
             low_rank = (whole(module.U).to(gain) * gain) @ whole(module.Vh).to(gain)
             W = round_stochastic(W.to(gain) + low_rank, W.dtype, module.seed)
-        yield f"{owner.removesuffix('.linear')}.{leaf}", W
+        yield names(f"{owner.removesuffix('.linear')}.{leaf}"), W

@@ -9,7 +9,7 @@ What is said of vLLM here was read in the source of 0.30.0. None of it has been 
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from projected_grpo import models
-from projected_grpo.antipasto import Knobs
+from projected_grpo.antipasto import Knobs, alike
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Completion, Sampling
 
@@ -84,34 +84,32 @@ def engine(model: nn.Module, cfg: Config) -> Any:
 
 
 def load(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy weights, under the names of our text model, into the engine's model; fused parameters in part.
-
-    Where the checkpoint is a vision-language model's, so are the names that the engine takes.
-    """
-    inside = hasattr(model, "language_model")
-    model.load_weights((n.replace("model.", "model.language_model.", 1) if inside else n, w) for n, w in weights)
+    """Copy weights, under the checkpoint's names, into the engine's model; fused parameters in part."""
+    model.load_weights(iter(weights))
 
 
 class VllmSampler:
     """``sampling.sample`` by vLLM. ``llm``: its ``LLM``; ``held``: the gains (r,) in its copy of each adapted Linear,
-    None where that is the base's weight.
+    None where that is the base's weight. names: ``models.checkpoint_names``.
 
-    One request a completion, each with a seed of its own from the generator: a call's tokens are a function of the
-    weights, the prompts and the generator as far as vLLM's kernels are. What shares a batch moves their last bits.
+    One request a completion. vLLM draws from the process's global generators, which nothing here draws from, and a call
+    seeds them from its generator: its tokens are a function of the weights, the prompts and the generator as far as
+    vLLM's kernels are. (A seed of its own for each request would switch its fast sampler off.) What shares a batch
+    moves their last bits.
     """
 
-    def __init__(self, llm: Any, knobs: Knobs) -> None:
-        self.llm, self.knobs = llm, knobs
+    def __init__(self, llm: Any, knobs: Knobs, names: Callable[[str], str]) -> None:
+        self.llm, self.knobs, self.names = llm, knobs, names
         self.held: dict[str, Tensor | None] = dict.fromkeys(knobs.modules)
 
     def push(self) -> list[str]:
         """Give the engine the weights in use where its own were made with other gains; the names of those."""
         moved = {n: m for n, m in self.knobs.modules.items() if not alike(m.acting, self.held[n])}
         if moved:
-            weights = [(f"{name}.weight", module.in_use.detach()) for name, module in moved.items()]
+            weights = [(self.names(f"{name}.weight"), module.in_use.detach()) for name, module in moved.items()]
             self.llm.apply_model(partial(load, weights=weights))
             self.held |= {name: module.acting for name, module in moved.items()}
-        return [f"{name}.weight" for name in moved]
+        return [self.names(f"{name}.weight") for name in moved]
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
@@ -127,12 +125,17 @@ class VllmSampler:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not give up its prefix cache, which other weights have made")
         rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
-        seeds = torch.randint(1 << 62, (len(rows),), generator=generator, device=generator.device)
+        torch.manual_seed(int(torch.randint(1 << 62, (), generator=generator, device=generator.device)))
         # ignore_eos, as vLLM would also end at whatever the model's generation_config.json names; ours is in the output
         settings = {"max_tokens": how.max_new, "stop_token_ids": list(how.eos), "ignore_eos": True, "detokenize": False}
         settings |= {"temperature": how.temperature, "top_p": how.top_p, "logprobs": 0}  # 0: of the drawn token alone
-        asked = [SamplingParams(seed=seed, **settings) for seed in seeds.tolist()]
+        asked = SamplingParams(**settings)
         return [completion(o.outputs[0]) for o in self.llm.generate(rows, asked, use_tqdm=False)]
+
+
+def sampler(model: nn.Module, knobs: Knobs, cfg: Config) -> VllmSampler:
+    """An engine beside the model, as a sampler. Raises UserError when it does not start."""
+    return VllmSampler(engine(model, cfg), knobs, models.checkpoint_names(cfg.model))
 
 
 def completion(output: Any) -> Completion:
@@ -142,8 +145,3 @@ def completion(output: Any) -> Completion:
     if not all(map(math.isfinite, logp)):
         raise FloatingPointError("vLLM drew a token whose log-prob is no number: its weights are damaged")
     return Completion(ids, logp)
-
-
-def alike(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two gains (r,) are the same; None is none at all."""
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
