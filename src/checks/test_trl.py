@@ -19,7 +19,7 @@ import torch
 from projected_grpo import arms, data_types, proj, rollout_log, runs
 from projected_grpo.command_line import parse
 from projected_grpo.config import UserError
-from projected_grpo.data_types import Grade
+from projected_grpo.data_types import Grade, Rollout
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.prepare import set_up
 from projected_grpo.problems import fence
@@ -62,6 +62,8 @@ def test_two_processes_update_as_one_with_the_doubled_batch(two, name):
     torch.testing.assert_close(projection.quarantined, made.projection.quarantined, rtol=1e-8, atol=1e-12)
     assert projection.gn == pytest.approx(made.projection.gn, rel=1e-9)
     assert grads.loss == pytest.approx(made.grads.loss, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(grads.drift.sort().values, made.grads.drift.sort().values)
+    assert len(grads.drift) > 0
     torch.testing.assert_close(knobs, state, rtol=1e-6, atol=1e-9)
     assert all(torch.equal(knobs[n], t) for n, t in second[name][4].items()), "processes have drifted apart"
 
@@ -207,6 +209,56 @@ def test_unmerged_adapters_are_the_same_function(tmp_path):
     assert not torch.allclose(merged[1], merged[2])
 
 
+@pytest.mark.parametrize("vllm", ["off", "colocate", "server"])
+def test_trl_generates_under_the_loops_rules(vllm):
+    """Which tokens end a completion, and no others; vLLM's share of the memory and its longest row."""
+    cfg = parse(["organism", "--vllm-memory=0.4", "--max-new=50", "--max-prompt=70"])
+    made = trl_trainer.settings(cfg, Ranks(), vllm, 1, (3, 7))
+    ends = {"eos_token_id": [3, 7]} if vllm == "off" else {"stop_token_ids": [3, 7], "ignore_eos": True}
+    assert made.generation_kwargs == ends
+    assert (made.vllm_gpu_memory_utilization, made.vllm_max_model_length) == (0.4, 120)
+    assert made.vllm_enable_sleep_mode == (vllm == "colocate")
+
+
+def test_what_vllm_drew_at_stands_in_the_batch(monkeypatch, organism):
+    """Of the student's rows; NaN in the teacher's, and where vLLM gives none."""
+    cfg, x = organism
+    task, grade = x.tasks[0], Grade(0.5, True, True, False, False, False, "ok")
+    end = x.tokenizer.ends[0]
+    trainer = object.__new__(trl_trainer.ProjectedGRPOTrainer)
+    cached = Rollout(task, "teacher", (8, end), "", grade)
+    trainer.x, trainer.cfg, trainer.ranks, trainer.processed = x, cfg, Ranks(), True
+    trainer.start, trainer.state, trainer.cached = 0, SimpleNamespace(global_step=0), [None, cached, None]
+    answer = ([[5, 6, end], [7]], [[-0.5, None, -2.0], [-3.0]])
+    monkeypatch.setattr(trl_trainer.GRPOTrainer, "_generate_single_turn", lambda self, *_: answer)
+    written, _ = trainer._generate_single_turn([[1], [1], [1]], None, {})
+    rows = [Rollout(task, "student" if r is None else "teacher", tuple(ids), "", grade)
+            for r, ids in zip(trainer.cached, written, strict=True)]  # fmt: skip
+    trainer.environment = SimpleNamespace(rollouts=rows, seconds=0.0)
+    made = trainer.batch({"row": torch.arange(3), "is_teacher": torch.tensor([False, True, False])})
+    nan = math.nan
+    expected = torch.tensor([-0.5, nan, -2.0, nan, nan, -3.0])
+    torch.testing.assert_close(made.drawn[made.mask], expected, equal_nan=True)
+    assert made.drawn[~made.mask].isnan().all()
+    assert made.truncated.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(("mode", "cap", "processed"), [
+    ("processed_logprobs", 2.0, True), ("raw_logprobs", None, False), ("raw_logprobs", 2.0, None),
+])  # fmt: skip
+def test_a_servers_log_probs_have_to_be_of_what_it_draws_from(mode, cap, processed):
+    trainer = object.__new__(trl_trainer.ProjectedGRPOTrainer)
+    trainer.cfg, trainer.ranks = parse(["organism", *([f"--importance-cap={cap}"] if cap else [])]), Ranks()
+    trainer.accelerator = SimpleNamespace(is_main_process=True)
+    client = SimpleNamespace(get_server_info=lambda: {"model_config": {"logprobs_mode": mode}})
+    trainer.vllm_generation = SimpleNamespace(vllm_client=client)
+    if processed is None:
+        with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
+            trainer.served_processed()
+    else:
+        assert trainer.served_processed() == processed
+
+
 # --- refusals
 
 
@@ -218,6 +270,7 @@ def test_unmerged_adapters_are_the_same_function(tmp_path):
         ({"MASTER_ADDR": "127.0.0.1"}, [], Ranks(), "off", "cpu.yaml"),
         ({}, ["--prompts-per-step=3"], Ranks(0, 2), "off", "multiple of the 2 processes"),
         ({}, ["--relearn-steps=1"], Ranks(), "off", "projected_grpo.train"),
+        ({}, ["--importance-cap=2"], Ranks(), "off", "--vllm=colocate or --vllm=server"),
     ],
 )
 def test_what_cannot_work_is_refused(monkeypatch, env, argv, here, vllm, words):

@@ -82,8 +82,7 @@ class Candidates:
         self.V = random_orthonormal(self.knobs, cfg.vhack.k)
         self.optimizer, self.scheduler = make_optimizer(self.knobs, cfg)
         self.hook_optimizer = torch.optim.AdamW(self.hook.delta.values(), lr=LR, betas=cfg.rl.betas, foreach=True)
-        eos, pad = (self.tokenizer.eos_token_id,), self.tokenizer.pad_token_id
-        self.how = Sampling(cfg.rl.max_new, eos, pad, cfg.rl.temperature)
+        self.how = Sampling(cfg.rl.max_new, self.tokenizer.ends, self.tokenizer.pad_token_id, cfg.rl.temperature)
 
     def sample(self, model: nn.Module, seed: int, group: int | None = None) -> list[list[int]]:
         """Our sampler on a model, wrapped or not."""

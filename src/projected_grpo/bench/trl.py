@@ -63,6 +63,7 @@ class TrlStep:
             top_k=0,
             loss_type="dr_grpo",
             scale_rewards="none",
+            generation_kwargs={"eos_token_id": list(tokenizer.ends)},
             beta=0.0,
             learning_rate=lr,
             max_steps=1,
@@ -80,6 +81,7 @@ class TrlStep:
             callbacks=[self.clock],
         )
         self.trainer.remove_callback(PrinterCallback)
+        self.trainer.eos_token_ids = list(tokenizer.ends)
 
     def __call__(self) -> tuple[float, float]:
         self.trainer.train()

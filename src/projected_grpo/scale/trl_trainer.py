@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import PrinterCallback, TrainerCallback
 
-from projected_grpo import arms, prepare, problems, runs
+from projected_grpo import arms, memory, prepare, problems, runs
 from projected_grpo.command_line import extra, parse, run_main
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import GradedBatch, Projection, Rollout, Task, Update
-from projected_grpo.models import device_of
+from projected_grpo.models import checkpoint_names, device_of
 from projected_grpo.prepare import Experiment, refresh_if_due, set_up
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import collated, evaluate, tasks_of_step
@@ -60,9 +60,14 @@ def ranks_here(cfg: Config) -> Ranks:
     return Ranks(state.process_index, state.num_processes, sharded)
 
 
-def settings(cfg: Config, ranks: Ranks, vllm: str, steps: int) -> GRPOConfig:
-    """TRL's settings of a run: one generation a step, Dr.GRPO's advantages, no second model, no files of its own."""
+def settings(cfg: Config, ranks: Ranks, vllm: str, steps: int, ends: Sequence[int]) -> GRPOConfig:
+    """TRL's settings of a run: one generation a step, Dr.GRPO's advantages, no second model, no files of its own. ends:
+    the tokens that end a completion, and no others (vLLM would add what the model's generation_config.json names).
+
+    A colocated engine sleeps, and gives its memory back, between generations: training and deploy evaluations follow.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
+    by_vllm = {"stop_token_ids": list(ends), "ignore_eos": True}
     return GRPOConfig(
         output_dir=tempfile.gettempdir(),
         use_cpu=device_of(cfg.model).type == "cpu",
@@ -84,7 +89,11 @@ def settings(cfg: Config, ranks: Ranks, vllm: str, steps: int) -> GRPOConfig:
         shuffle_dataset=False,
         use_vllm=vllm != "off",
         vllm_mode="server" if vllm == "off" else vllm,
+        vllm_gpu_memory_utilization=cfg.model.vllm_memory,
+        vllm_max_model_length=cfg.data.max_prompt + cfg.rl.max_new,
+        vllm_enable_sleep_mode=vllm == "colocate",
         vllm_importance_sampling_correction=False,
+        generation_kwargs={"eos_token_id": list(ends)} if vllm == "off" else by_vllm,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
@@ -197,14 +206,16 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         super().__init__(
             model=x.model,
             reward_funcs=self.environment,
-            args=settings(cfg, ranks, vllm, cfg.rl.steps - start),
+            args=settings(cfg, ranks, vllm, cfg.rl.steps - start, x.tokenizer.ends),
             train_dataset=Dataset.from_list([{"prompt": t.problem.id, "task": i} for i, t in enumerate(self.order)]),
             processing_class=x.tokenizer,
             callbacks=[_Stages(self)],
         )
         self.remove_callback(PrinterCallback)
+        self.eos_token_ids = list(x.tokenizer.ends)  # where TRL cuts what transformers has written
         if vllm != "off":
-            self.vllm_generation._iter_named_params = partial(merged_parameters, x.model, x.knobs)
+            names = checkpoint_names(cfg.model)
+            self.vllm_generation._iter_named_params = partial(merged_parameters, x.model, x.knobs, names)
         self.processed = vllm != "server" or self.served_processed()
         if ranks.sharded:
             self.accelerator.state.fsdp_plugin.ignored_modules = unsharded(x.model, x.knobs)
@@ -360,6 +371,7 @@ def train(cfg: Config, vllm: str = "off") -> Path | None:
     refuse(cfg, ranks, vllm)
     runs.require_tracker(cfg.tracker)
     stopped = runs.stopped(cfg)
+    memory.require(cfg, colocated=vllm == "colocate")
     with PartialState().main_process_first():  # the first fills the caches, the others read them
         x = set_up(cfg)
     share_directions(x, ranks)
