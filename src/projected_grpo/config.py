@@ -67,8 +67,8 @@ class ModelCfg:
     sampler: Literal["own", "vllm"] = "own"
     """own: the batched sampler here; vllm: vLLM beside the model on the same GPU, given W' (extra `vllm`)."""
     sample_rows: Count | None = None
-    """Rows sampled at once, all of a step's when unset. Lower it where the key-value cache does not fit. Of no meaning
-    to vLLM, which schedules rows itself."""
+    """Rows sampled at once, all of a step's when unset; one that has ended makes room for a waiting one. Lower it where
+    the key-value cache does not fit. Of no meaning to vLLM, which schedules rows itself."""
     vllm_memory: Annotated[float, In("(0, 1)")] = 0.3
     """Share of the GPU's whole memory that vLLM takes for its own copy of the weights and its cache."""
 
