@@ -5,7 +5,7 @@ import gzip
 import json
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from projected_grpo import pairs as wild
 from projected_grpo.config import PRESETS, ModelCfg, UserError
 from projected_grpo.data_types import Grade
 from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE
-from projected_grpo.rewards import Grader
+from projected_grpo.rewards import EXAMPLES, Grader
 from projected_grpo.tools import build_pool, external, import_pool, verify_external
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +134,16 @@ BAD_FILES = {
     "a number": (ROW + b"3", ":2: a JSON int where an object should be"),
     "cut short": (ROW + ROW[:-9], ":2: "),
     "a field missing": (ROW + b'{"id": "x"}', ":2: no '"),
+    "no solution": (
+        json.dumps(row_of(3) | {"canonical_solution": None}).encode(),
+        ":1: problem 3: its canonical is null",
+    ),
+    "no function": (json.dumps(row_of(3) | {"func_name": None}).encode(), ":1: row 3: "),
+    "other metadata": (json.dumps(row_of(3) | {"prompt_metadata": "x"}).encode(), ":1: "),
+    **{
+        f"a {name} that is no text": (json.dumps(asdict(EXAMPLES[0]) | {name: 7}).encode(), f"sum: its {name} is 7")
+        for name in ("statement", "canonical", "setup")
+    },
 }
 
 

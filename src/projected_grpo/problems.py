@@ -174,7 +174,7 @@ def split_assertion(source: str, entry: str, setup: str = "") -> Case:
 
 def from_benchmark(row: dict[str, Any]) -> Problem:
     """A rl-rewardhacking row -> Problem. Raises ValueError, naming the row, when a test does not split."""
-    entry = row["func_name"].rsplit(".", 1)[-1]
+    entry = str(row["func_name"]).rpartition(".")[2]
     chat = {m["role"]: m["content"] for m in row["prompt"]}
     setup = row.get("setup_code") or ""
     try:
@@ -261,6 +261,9 @@ def own_format(row: dict[str, Any]) -> Problem:
 
 def checked(problem: Problem) -> Problem:
     """The problem, if it can be graded. Raises ValueError, naming it, when it cannot."""
+    for f in fields(Problem):
+        if f.type is str and not isinstance(value := getattr(problem, f.name), str):
+            raise ValueError(f"problem {problem.id}: its {f.name} is {json.dumps(value)[:80]}, which is no text")
     if not problem.cases:
         raise ValueError(f"problem {problem.id} has no tests: whatever is submitted would be right")
     if not 0 <= problem.tolerance < 1:
@@ -292,7 +295,7 @@ def read_problems(path: Path) -> list[Problem]:
                 problems[made.id] = made
             except KeyError as error:
                 raise UserError(f"{path}:{number}: no {error}") from error
-            except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+            except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: {error}") from error
     return list(problems.values())
 
