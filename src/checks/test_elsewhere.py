@@ -5,17 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from conftest import write_problems
 
 from projected_grpo import problems
 from projected_grpo.config import UserError
-from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.loopholes import LOOPHOLES, TESTS_SENTENCE
 from projected_grpo.problems import as_dataset, fence, task_of_row
-from projected_grpo.rewards import reward_func
+from projected_grpo.rewards import EXAMPLES, reward_func
 from projected_grpo.tools import export, grade
 
 ROOT = Path(__file__).parents[2]
@@ -126,16 +128,32 @@ def test_any_rollouts_file_is_graded_by_mode(tmp_path, rows, capsys):
 
 @pytest.mark.parametrize(("line", "says"), [
     ('{"completion": "x"}', "no problem 'None'"),
-    ('{"id": "filter-000", "mode": "nope", "completion": "x"}', "unknown mode 'nope'"),
+    ('{"id": "filter-000", "mode": "nope", "completion": "x"}', "unknown env_mode 'nope'"),
     ('{"id": "filter-000", "completion": null}', "completion"),
+    ('{"id": "filter-000", "completion": "x", "wording": {"name": 5}}', "bad.jsonl:1: a wording is"),
     ("[1]", "1"),
     ("", "holds no rollouts"),
 ])  # fmt: skip
 def test_a_bad_rollouts_file_is_one_line(tmp_path, line, says):
     file = tmp_path / "bad.jsonl"
     file.write_text(line)
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(says)) as error:
         grade.main(file, out=tmp_path / "out")
+    assert str(error.value).count(str(file)) == 1
+
+
+def test_a_problem_that_its_own_solution_fails_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = replace(EXAMPLES[0], statement=TESTS_SENTENCE)
+    write_problems([good, replace(good, id="broken", canonical="x = 1")], tmp_path / "p.jsonl")
+    row = {"env_mode": "gt_only", "completion": fence(good.canonical)}
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row | {"id": name}) + "\n" for name in ("sum", "broken")))
+    grade.main(Path("r.jsonl"), "p.jsonl", workers=1)
+    assert capsys.readouterr().out.strip().splitlines()[-1].split()[:4] == ["all", "1", "0.00", "1.00"]
+    assert as_dataset("p.jsonl")["problem_id"][:] == ["sum"]
+    for file, source in (("r.jsonl", "none.jsonl"), ("none.jsonl", "p.jsonl")):
+        with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):  # of which run_main makes a line
+            grade.main(Path(file), source)
 
 
 def test_a_card_says_what_was_measured(tmp_path):

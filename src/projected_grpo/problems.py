@@ -373,9 +373,29 @@ def problems_of(source: str) -> dict[str, Problem]:
     return {p.id: p for p in read_problems(Path(source))}
 
 
+@cache
+def passable(source: str, allow_unsandboxed: bool = False) -> dict[str, Problem]:
+    """Those of a source's problems that can be passed, by id: a file's whose own solution fails are left out."""
+    found = problems_of(source)
+    if source in ("generated", "functions"):
+        return found
+    kept = sound(Path(source), [*found.values()], Config().cache, lambda: Sandbox(None, allow_unsandboxed))
+    return {p.id: p for p in kept}
+
+
+def wording_of(given: Any, usual: Wording) -> Wording:
+    """The words that a row gives, those of ``usual`` where it gives none. Raises ValueError for what are no words."""
+    told = {} if given is None else given
+    names = {f.name for f in fields(Wording)}
+    if not isinstance(told, Mapping) or not names >= told.keys() or any(not isinstance(w, str) for w in told.values()):
+        raise ValueError(f"a wording is {{name, text}}, both text; this is {str(given)[:80]}")
+    return replace(usual, **told)
+
+
 def task_of_row(row: Mapping[str, Any]) -> Task:
     """The task of a row of ``as_dataset``."""
-    return Task(problems_of(row["problems"])[row["problem_id"]], row["env_mode"], Wording(**row["wording"]))
+    words = wording_of(row["wording"], Wording())
+    return Task(problems_of(row["problems"])[row["problem_id"]], row["env_mode"], words)
 
 
 def as_dataset(
@@ -384,12 +404,12 @@ def as_dataset(
 ) -> "datasets.Dataset":  # fmt: skip
     """Problems posed as tasks, for any trainer that takes a ``datasets.Dataset``: prompt (chat messages), and problems,
     problem_id, env_mode, wording, from which ``rewards.reward_func`` knows the task. problems: as --problems; of a file
-    every row is taken, whatever the split. Raises ValueError where a file cannot be read.
+    every row is taken that its own solution solves, whatever the split. Raises ValueError where a file cannot be read.
     """
     import datasets
 
     known = generated_by_id()
-    chosen = [p for p in problems_of(problems).values() if p.id not in known or known[p.id].split == split]
+    chosen = [p for p in passable(problems).values() if p.id not in known or known[p.id].split == split]
     return datasets.Dataset.from_list(
         [
             {"prompt": messages(t), "problems": problems, "problem_id": t.problem.id, "env_mode": t.mode}

@@ -22,7 +22,7 @@ from projected_grpo.command_line import command, run_main
 from projected_grpo.config import Count, UserError
 from projected_grpo.data_types import Case, Grade, Label, Mode, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, is_foreign, replace_body
-from projected_grpo.problems import fence, json_lines, pose_one, read_problems, task_of_row
+from projected_grpo.problems import fence, json_lines, pose_one, read_problems, task_of_row, wording_of
 from projected_grpo.sandbox import Sandbox
 from projected_grpo.sandbox.job import Job, Outcome
 from projected_grpo.sandbox.layers import LAYERS, Layer
@@ -361,6 +361,22 @@ def hack_by_mode(grade: Grading, problems: Sequence[Problem] = EXAMPLES) -> tupl
 # --- commands ------------------------------------------------------------------------------------------------------
 
 
+def submission(row: Mapping[str, Any], known: Mapping[str, Problem], source: object) -> tuple[Task, str]:
+    """The task and the text of a row {id, env_mode, completion} (optionally "wording": {name, text}).
+
+    known: the problems of ``source`` by id. Raises ValueError for what cannot be graded.
+    """
+    if lacks := {"id", "env_mode", "completion"} - row.keys():
+        raise ValueError(f"no {', '.join(sorted(lacks))}")
+    name, mode = str(row["id"]), row["env_mode"]
+    if mode not in list(LOOPHOLES):
+        raise ValueError(f"unknown env_mode {mode!r}; one of {', '.join(LOOPHOLES)}")
+    if name not in known:
+        raise ValueError(f"no problem {name!r} in {source}: name the file with --problems=FILE")
+    task = pose_one(known[name], mode)
+    return replace(task, wording=wording_of(row.get("wording"), task.wording)), text_of(row["completion"])
+
+
 def grade_file(grader: Grader, problems: Path, completions: Path, out: Path, cache: Path = CACHE) -> int:
     """Grade rows {id, env_mode, completion} (optionally "wording": {name, text}); write a row each, in order.
 
@@ -373,16 +389,9 @@ def grade_file(grader: Grader, problems: Path, completions: Path, out: Path, cac
     submissions: list[tuple[Any, Task, str]] = []
     for number, row in json_lines(completions):
         try:
-            if row["env_mode"] not in LOOPHOLES:
-                raise ValueError(f"unknown env_mode {row['env_mode']!r}; one of {', '.join(LOOPHOLES)}")
-            if str(row["id"]) not in by_id:
-                raise ValueError(f"no problem {row['id']!r} in {problems}")
-            task = pose_one(by_id[str(row["id"])], row["env_mode"])
-            if "wording" in row:
-                task = replace(task, wording=replace(task.wording, **row["wording"]))
-            submissions.append((row["id"], task, text_of(row["completion"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{completions}:{number}: {type(error).__name__}: {error}") from error
+            submissions.append((row.get("id"), *submission(row, by_id, problems)))
+        except ValueError as error:
+            raise UserError(f"{completions}:{number}: {error}") from error
     graded = iter(grader.grade([(task, text) for _, task, text in submissions if task.problem.id in passable]))
     lines = []
     for name, task, _ in submissions:

@@ -50,12 +50,17 @@ def to_disk(paths: Iterable[Path]) -> None:
             os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then replace: a reader never sees half a file."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    part.write_text(text, encoding="utf-8")
     to_disk([part])
     os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same of a value."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

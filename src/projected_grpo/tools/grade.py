@@ -10,7 +10,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,28 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo.command_line import command, run_main
-from projected_grpo.config import UserError
+from projected_grpo.config import Count, UserError
 from projected_grpo.data_types import Grade, Task
-from projected_grpo.loopholes import LOOPHOLES
-from projected_grpo.problems import json_lines, pose_one, problems_of
-from projected_grpo.rewards import Grader, text_of
+from projected_grpo.problems import json_lines, passable, problems_of
+from projected_grpo.rewards import Grader, submission
+from projected_grpo.runs import write_text
 
 OUTCOMES = ("correct", "correct_attempted_rh", "reward_hack", "attempted_rh", "incorrect")
 HEADS = ("mode", "n", "hack ↓", "solve ↑", *OUTCOMES)
 
 
 def rows_of(file: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    """(number, row) of a rollouts file. Raises ValueError, naming the line, and OSError."""
-    if file.suffix == ".parquet":
-        return enumerate(pl.read_parquet(file).iter_rows(named=True), 1)
-    return json_lines(file)
-
-
-def submission(row: Mapping[str, Any], problems: str) -> tuple[Task, str]:
-    """A row's task and text. Raises ValueError and KeyError."""
-    name, mode = str(row.get("problem_id", row.get("id"))), row.get("env_mode", row.get("mode", "gt_only"))
-    if mode not in LOOPHOLES:
-        raise ValueError(f"unknown mode {mode!r}; one of {', '.join(LOOPHOLES)}")
-    if name not in problems_of(problems):
-        raise ValueError(f"no problem {name!r} in {problems}: name the file with --problems=FILE")
-    task = pose_one(problems_of(problems)[name], mode)
-    if row.get("wording"):
-        task = replace(task, wording=replace(task.wording, **row["wording"]))
-    return task, text_of(row["completion"])
+    """(number, row) of a rollouts file, its columns named as ``rewards.submission`` has them. Raises UserError."""
+    if file.suffix != ".parquet":
+        rows: Iterable[tuple[int, Mapping[str, Any]]] = json_lines(file)
+    else:
+        try:
+            rows = enumerate(pl.read_parquet(file).iter_rows(named=True), 1)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise UserError(f"{file} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    for number, row in rows:
+        name, mode = row.get("problem_id", row.get("id")), row.get("env_mode", row.get("mode", "gt_only"))
+        yield number, {**row, "id": name, "env_mode": mode}
 
 
 def outcome(asked: list[tuple[Task, str]], grades: list[Grade]) -> list[list[Any]]:
@@ -81,7 +75,7 @@ def main(
     file: tyro.conf.Positional[Path],
     problems: str = "generated",
     out: Path = Path("outputs/grade"),
-    workers: int | None = None,
+    workers: Count | None = None,
     allow_unsandboxed_grading: bool = False,
 ) -> None:
     """Grade a rollouts file and say what it did, by mode.
@@ -93,26 +87,27 @@ def main(
         workers: sandboxed workers; two a core if not given.
         allow_unsandboxed_grading: run the code even where neither seccomp nor a namespace confines it.
     """
-    asked = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for number, row in rows_of(file):
-            try:
-                asked.append(submission(row, problems))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{file}:{number}: {error}") from error
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    out.mkdir(parents=True, exist_ok=True)
+    read, known = [], problems_of(problems)
+    for number, row in rows_of(file):
+        try:
+            read.append(submission(row, known, problems))
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: {error}") from error
+    asked = [(task, text) for task, text in read if task.problem.id in passable(problems, allow_unsandboxed_grading)]
     if not asked:
-        raise UserError(f"{file} holds no rollouts")
+        raise UserError(f"{file} holds no rollouts" + (" of a problem that its own solution solves" if read else ""))
+    if len(asked) < len(read):
+        left = len(read) - len(asked)
+        logger.warning("{} of {} rollouts left out: their problems' own solutions fail", left, len(read))
     with Grader(workers, allow_unsandboxed_grading) as grader:
         grades = grader.grade(asked)
     table = outcome(asked, grades)
     lines = [
         {"problem_id": t.problem.id, "env_mode": t.mode} | asdict(g) for (t, _), g in zip(asked, grades, strict=True)
     ]
-    (out / "grades.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (out / "index.html").write_text(page(file, table, asked, grades))
+    write_text(out / "grades.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(out / "index.html", page(file, table, asked, grades))
     print(tabulate(table, HEADS, floatfmt=".2f"))
     logger.info("every completion with its verdicts: {}", out / "index.html")
 
