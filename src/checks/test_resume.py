@@ -129,6 +129,7 @@ def test_what_a_kill_left_is_readable_and_tidied_up(runs):
         (["--resume=halted", "--lr=0.5"], "--lr is 0.5 here and was 0.02"),
         (["--resume=halted", "--intervention=erase"], "--intervention is erase here and was route"),
         (["--resume=halted", "--modes", "run_tests", "stdout_marker", "sentinel"], "--modes is"),
+        (["--resume=halted", "--name=other"], "--name is other here and was killed"),
         (["--resume=whole"], "is complete"),
         (["--resume=early"], "no checkpoint to go on from"),
         (["--resume=nothing"], "is not there"),
@@ -174,7 +175,7 @@ def test_a_setting_that_a_runs_code_did_not_have_stood_at_its_default(tmp_path):
     del config["model"]["sampler"]
     state = {"sizes": {}, "scheduler": {}, "refreshed": None}
     checkpoints.write_checkpoint(folder, Checkpoint("step", 0, {"x": torch.zeros(1)}, state))
-    run_record.write_json(folder / "meta.json", {"config": config, "argv": [], "commit": None})
+    run_record.write_json(folder / "meta.json", {"config": config, "argv": []})
     assert parse(words).model.sampler == "own"
     assert run_record.stopped(parse(words)).at.done == 0
     with pytest.raises(UserError, match="--sampler is vllm here and was own"):
@@ -196,6 +197,8 @@ def test_a_setting_that_a_runs_code_did_not_have_stood_at_its_default(tmp_path):
         ("steps.jsonl", b"{", 0),
         ("meta.json", b"", "meta.json holds no settings"),
         ("meta.json", b"[]", "meta.json holds no settings"),
+        ("meta.json", b'{"config": []}', "meta.json holds no settings"),
+        ("meta.json", b'{"config": {"model": "x"}}', "meta.json holds no settings"),
     ],
 )
 def test_damage_is_found_at_resume_and_named(runs, tmp_path, file, content, says):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from projected_grpo.config import PRESETS, Config, UserError, check_ranges, check_rules, choose, flat, flat_fields
 from projected_grpo.sandbox.worker import SandboxError
 
-FREE = frozenset(("name", "outputs", "resume", "tracker", "checkpoint_every", "graders"))
+FREE = frozenset(("outputs", "resume", "tracker", "checkpoint_every", "graders"))
 """Settings that may differ when a run is resumed: none of them changes a logged number."""
 
 
@@ -139,8 +139,9 @@ def stopped_run(argv: Sequence[str]) -> tuple[Path, Config]:
             stored = json.loads((folder / "meta.json").read_text())["config"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder / 'meta.json'} holds no settings, the run is damaged: start it again") from None
-        known = Path(asked.outputs or (folder.parent.parent if folder.parent.name == "runs" else stored["outputs"]))
-        return folder, replace(config_of(stored, folder), resume=asked.resume, outputs=str(known))
+        cfg = config_of(stored, folder)
+        known = Path(asked.outputs or (folder.parent.parent if folder.parent.name == "runs" else cfg.outputs))
+        return folder, replace(cfg, resume=asked.resume, outputs=str(known))
     raise UserError("--resume needs the name or the folder of a stopped run")
 
 
@@ -157,6 +158,8 @@ def stopped_folder(resume: str, outputs: str) -> Path:
 
 def config_of(stored: Mapping[str, Any], folder: Path, kind: type = Config) -> Any:
     """A Config as meta.json holds it. A setting that the run's code did not have yet stood at its default."""
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{folder / 'meta.json'} holds no settings, the run is damaged: start it again")
     made, by_name = {}, {f.name: f for f in fields(kind)}
     for name, value in stored.items():
         if name not in by_name:

@@ -328,8 +328,9 @@ def stopped(cfg: Config) -> Stopped | None:
     at = newest_checkpoint(folder, fits=lambda at: check_logs(folder, at, cfg))
     if meta is None or at is None:
         raise UserError(f"{folder} holds no checkpoint to go on from: remove it and start again without --resume")
-    if meta["commit"] != git_commit():
-        logger.warning("{} was begun at commit {}, which this is not: numbers may differ", folder, meta["commit"])
+    if meta.get("commit") != git_commit():
+        begun = meta.get("commit") or "none that is known"
+        logger.warning("{} was begun at commit {}, which this is not: numbers may differ", folder, begun)
     return Stopped(folder, meta, at)
 
 
