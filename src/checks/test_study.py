@@ -215,6 +215,9 @@ def run_with(
 def test_results_are_filtered_and_sorted_by_expressions(tmp_path, capsys):
     for name, arm, hack in (("a", "erase", 0.1), ("b", "erase", 0.3), ("c", "none", 0.9), ("d", "erase", 0.15)):
         run_with(tmp_path, name, arm, hack)
+    for name, file, content in (("e", "steps.jsonl", ""), ("f", "meta.json", '{"config": []}')):  # are left out
+        run_with(tmp_path, name, "erase", 0.1)
+        (tmp_path / "runs" / name / file).write_text(content)
     table = results.collect(tmp_path)
     assert results.chosen(table, "arm = 'erase' and hack_s < 0.2", "deploy_hack desc")["run"].to_list() == ["d", "a"]
     assert results.chosen(table, "", "hack_s - 2 * deploy_hack")["run"].to_list() == ["c", "b", "d", "a"]

@@ -59,7 +59,7 @@ def run_summary(folder: Path) -> dict[str, Any] | None:
             "run": folder.name,
             "world": world(cfg),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
         logger.warning("{} left out: {}: {}", folder.name, type(error).__name__, error)
         return None
 
