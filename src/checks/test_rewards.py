@@ -5,12 +5,13 @@ import json
 import math
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import write_problems
 
-from projected_grpo import rewards
+from projected_grpo import rewards, strict
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Case, Problem, Task
 from projected_grpo.loopholes import LOOPHOLES
@@ -202,6 +203,19 @@ def test_the_command_grades_a_file(tmp_path, capsys):
         main(p, None, o)
     with pytest.raises(UserError, match="there is no folder"):
         main(p, c, tmp_path / "none" / "O.jsonl")
+
+
+def test_a_damaged_file_of_verdicts_is_made_anew(tmp_path, monkeypatch):
+    write_problems(EXAMPLES, tmp_path / "P.jsonl")
+    monkeypatch.setattr(strict, "failing", lambda *_: {"sum": "why"})
+    found = lambda: strict.cached_failing(tmp_path / "P.jsonl", EXAMPLES, tmp_path, lambda: nullcontext(None))
+    assert found() == {"sum": "why"}
+    (kept,) = (tmp_path / "canonical").iterdir()
+    whole = kept.read_text()
+    for damaged in (whole[:9], "3"):
+        kept.write_text(damaged)
+        assert found() == {"sum": "why"}
+        assert kept.read_text() == whole
 
 
 @pytest.fixture(scope="module")

@@ -122,20 +122,21 @@ def path_of(weight: Tensor, cache: Path, rank: int | None = None) -> Path:
     return cache / "svd" / f"{digest(weight)}{'' if rank is None else f'-{rank}'}.safetensors"
 
 
-def whole(path: Path) -> Path:
-    """The path of a file in a cache, whose header says as many bytes as there are. Raises UserError when it does not;
-    nothing is read but that header.
-    """
+def whole(path: Path) -> bool:
+    """Whether a cached file is there, with as many bytes as its header says; nothing else of it is read."""
     try:
         with safe_open(path, "pt"):
-            return path
+            return True
+    except FileNotFoundError:
+        return False
     except SafetensorError as error:
-        raise UserError(f"{path} is cut short or damaged ({error}): remove it, and it is made anew") from None
+        logger.warning("{} is cut short or damaged ({}), and made anew", path, error)
+        return False
 
 
 def load(path: Path) -> Basis:
-    """U and Vh as they were written. Raises UserError when the file is damaged."""
-    both = load_file(whole(path))
+    """U and Vh as they were written."""
+    both = load_file(path)
     return both["U"], both["Vh"]
 
 
@@ -157,10 +158,11 @@ def factor(weights: Mapping[str, Float[Tensor, "_o _i"]], cache: Path, rank: int
 
     A basis is computed in float32 or wider, checked there, and written in its weight's dtype, which is what the adapter
     holds it in. Equal weights are factored once. Progress is a bar in units of ``cost``; after the first the time that
-    is left is estimated and logged. Raises UserError naming the weight whose basis is none, or a file that is damaged.
+    is left is estimated and logged. A damaged file is made anew. Raises UserError naming the weight whose basis is
+    none.
     """
     paths = {name: path_of(w, cache, rank) for name, w in weights.items()}
-    missing = {path: name for name, path in paths.items() if not (path.exists() and whole(path))}
+    missing = {path: name for name, path in paths.items() if not whole(path)}
     total = sum(cost(weights[name].shape) for name in missing.values())
     start, told = time.perf_counter(), False
     with tqdm(total=100, desc="SVD", unit="%", leave=False, disable=not missing, bar_format="{l_bar}{bar}|") as bar:

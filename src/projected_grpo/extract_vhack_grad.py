@@ -235,8 +235,8 @@ def save(pair_grads: PairGrads, path: Path) -> None:
 
 
 def load(path: Path, knobs: Knobs) -> PairGrads:
-    """Read the pairs' gradients. Raises UserError when they are damaged, or of a model of other widths."""
-    tensors = load_file(antipasto.whole(path))
+    """Read the pairs' gradients. Raises UserError when they are of a model with other modules or widths."""
+    tensors = load_file(path)
     modules = {n.removeprefix("hack."): t.shape[1] for n, t in tensors.items() if n.startswith("hack.")}
     for name, width in modules.items():
         if name not in knobs.modules or width != knobs.modules[name].delta.numel():
@@ -249,7 +249,7 @@ def load(path: Path, knobs: Knobs) -> PairGrads:
 def grads_for(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> PairGrads:
     """The pairs' gradients at the knobs as they stand: from the cache when these exact ones are there."""
     path = cfg.cache / "vhack" / f"{cache_key(knobs, chosen, cfg)}.safetensors"
-    hit = path.exists()
+    hit = antipasto.whole(path)
     if not hit:
         save(side_gradients(model, knobs, tokenizer, chosen, cfg), path)
     logger.info("V: cache {} {}", "hit" if hit else "miss, extracted", path.name[:12])

@@ -180,7 +180,10 @@ def cached_failing(
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     kept = cache / "canonical" / f"{name}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        try:
+            return dict(json.loads(kept.read_text()))
+        except (ValueError, TypeError):
+            logger.warning("{} is damaged, and made anew", kept)
     with sandbox() as opened:
         found = failing(opened, problems)
     kept.parent.mkdir(parents=True, exist_ok=True)
