@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
     T5Config,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from projected_grpo import antipasto, loss, memory, models, problems, rollout, sampling
 from projected_grpo.command_line import parse
@@ -283,6 +284,9 @@ def test_loads_a_saved_folder_of_each_kind(tmp_path):
 def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         models.load(ModelCfg(model=str(tmp_path / "nothing")))
+    if not is_flash_attn_2_available():
+        with pytest.raises(UserError, match="--attention=auto"):
+            models.load(ModelCfg(attention="flash_attention_2"))
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="just install-smol"):
         models.load(ModelCfg(model="smol"))

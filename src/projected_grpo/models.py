@@ -81,11 +81,12 @@ def read(what: Any, cfg: ModelCfg, **settings: Any) -> Any:
     source = source_of(cfg.model)
     try:
         return what.from_pretrained(source.name, **source.keywords, **settings)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"cannot load model {cfg.model!r}: {reason}; give a local folder or log in to the hub"
-        ) from error
+        mend = "give a local folder or log in to the hub"
+        if isinstance(error, ImportError):
+            mend = "install it, or set --attention=auto"
+        raise UserError(f"cannot load model {cfg.model!r}: {reason}; {mend}") from error
 
 
 def read_config(cfg: ModelCfg) -> Any:
