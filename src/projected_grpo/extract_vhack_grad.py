@@ -168,15 +168,24 @@ def heldout_accuracy(V: dict[str, Tensor], pair_grads: PairGrads, n_heldout: int
     return float((score > 0).double().mean())
 
 
+def n_fitted(n_pairs: int, cfg: VHackCfg) -> int:
+    """How many of the pairs V is fitted to. Raises UserError when they are too few for k axes."""
+    left = n_pairs - cfg.n_heldout
+    if left < cfg.k:
+        raise UserError(
+            f"{n_pairs} pairs, {cfg.n_heldout} of them held out, are too few to fit k = {cfg.k} axes: lower --k or "
+            "--n-heldout, or add pairs"
+        )
+    return left
+
+
 def fit_basis(pair_grads: PairGrads, cfg: VHackCfg) -> HackBasis:
     """Fit V on all but the last n_heldout pairs and judge it on those. Under pair_norm = unit every side's gradient
     is scaled to norm 1 first: otherwise a few surprising tokens in a few pairs decide the singular vectors.
 
     Raises UserError when too few pairs are left to fit k axes.
     """
-    n_fit = len(pair_grads) - cfg.n_heldout
-    if n_fit < cfg.k:
-        raise UserError(f"{n_fit} pairs are left to fit k = {cfg.k} axes: lower --k or --n-heldout, or add pairs")
+    n_fit = n_fitted(len(pair_grads), cfg)
     pair_grads = pair_grads.unit() if cfg.pair_norm == "unit" else pair_grads
     D = {m: h[:n_fit] - pair_grads.clean[m][:n_fit] for m, h in pair_grads.hack.items()}
     V, S, margins = fit(D, cfg.k, cfg.tau_axis)

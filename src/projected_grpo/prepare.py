@@ -170,6 +170,7 @@ def set_up(cfg: Config) -> Experiment:
     teacher = rollout_log.read_pool(Path(cfg.pool.pool)) if cfg.pool.pool else None
     tasks, held_out = problems.tasks_for(cfg), held_out_tasks(cfg)
     chosen_pairs = pairs.load(cfg.vhack, teacher, tasks)
+    vhack.n_fitted(len(chosen_pairs), cfg.vhack)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
