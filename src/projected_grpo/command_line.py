@@ -5,6 +5,7 @@ Every entry point ends in ``run_main``, the one place that turns what the user c
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -15,13 +16,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import tyro
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.config import PRESETS, Config, UserError, check_ranges, check_rules, choose, flat, flat_fields
+from projected_grpo.config import (
+    PRESETS,
+    Config,
+    UserError,
+    check_ranges,
+    check_rules,
+    check_values,
+    choose,
+    flat,
+    flat_fields,
+)
 from projected_grpo.sandbox.worker import SandboxError
 
 FREE = frozenset(("outputs", "resume", "tracker", "checkpoint_every", "graders"))
@@ -213,10 +224,15 @@ def stoppable() -> Iterator[None]:
 
 
 def command(function: Callable[..., Any], *config: Any) -> Callable[[Sequence[str]], Any]:
-    """A function as an entry point: its parameters are the flags. config: tyro's markers."""
+    """A function as an entry point: its parameters are the flags, within the ranges that their types name.
+
+    config: tyro's markers.
+    """
 
     @functools.wraps(function)
     def bound(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        check_values(get_type_hints(function, include_extras=True), given)
         return functools.partial(function, *args, **kwargs)
 
     return lambda argv: understood(bound, argv, config=config)()

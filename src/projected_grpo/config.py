@@ -7,7 +7,7 @@ The docstring under a field is its ``--help``. What ``command_line.parse`` retur
 import difflib
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -365,8 +365,12 @@ def choose(what: str, given: str, choices: Sequence[str]) -> str:
 
 def check_ranges(settings: Any) -> None:
     """Refuse, in one line, a number out of its range. settings: a dataclass, groups and all."""
-    kinds = flat_fields(type(settings))
-    for name, value in flat(settings).items():
+    check_values(flat_fields(type(settings)), flat(settings))
+
+
+def check_values(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """The same of values by name, each of the type that its name has in ``kinds``."""
+    for name, value in values.items():
         if value is None:
             continue
         for bound, x in zip(ranges(kinds[name], value), value if isinstance(value, tuple) else (value,), strict=True):
@@ -378,7 +382,8 @@ def ranges(kind: Any, value: Any = None) -> list[In | None]:
     """The range of a setting of that type, or of each member of the tuple that is its value; None for no number's."""
     inner = [a for a in get_args(kind) if a is not type(None)]
     if hasattr(kind, "__metadata__"):
-        return [next((b for b in kind.__metadata__ if isinstance(b, In)), None)]
+        bounds = [b for b in kind.__metadata__ if isinstance(b, In)]
+        return bounds or ranges(inner[0], value)
     if get_origin(kind) in (types.UnionType, Union):
         return ranges(inner[0], value)
     if get_origin(kind) is tuple:

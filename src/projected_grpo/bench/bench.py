@@ -28,7 +28,7 @@ from projected_grpo.antipasto import Knobs
 from projected_grpo.bench import memory as bench_memory
 from projected_grpo.bench.reference import HookForm, full_gradient, generate
 from projected_grpo.command_line import command, extra, run_main
-from projected_grpo.config import PRESETS, Config
+from projected_grpo.config import PRESETS, Config, Count
 from projected_grpo.data_types import GradedBatch, Sampling, Task
 from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.rewards import Grader
@@ -341,7 +341,7 @@ def run(cfg: Config, repeats: int, memory_tokens: int) -> dict[str, Any]:
 
 def main(
     model: str = "organism",
-    repeats: int = 5,
+    repeats: Count = 5,
     quick: bool = False,
     outputs: str = "outputs",
 ) -> None:

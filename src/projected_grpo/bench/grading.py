@@ -1,10 +1,10 @@
-"""What grading costs, and whether it holds out: ``python -m projected_grpo.bench.grading [--problems F] [--soak N]``.
+"""What grading costs, and whether it holds out: ``python -m projected_grpo.bench.grading [--problems=FILE]``.
 
 ``--against=CHECKOUT`` grades the same completions by this code and by that checkout's, in turn, in one run.
 The bench runs canonical solutions three ways on the same machine in the same run: a cold ``python -c`` a grade, the
-sandbox with every layer, the sandbox as a plain fork. It counts executions, so repeats save nothing. The soak grades N
-submissions, one in ten hostile, and watches this process: its memory, descriptors, children, temporary files, and how
-long it ever stood still.
+sandbox with every layer, the sandbox as a plain fork. It counts executions, so repeats save nothing.
+``--soak-submissions=N`` grades N submissions, one in ten hostile, and watches this process: its memory, descriptors,
+children, temporary files, and how long it ever stood still.
 """
 
 import os
@@ -23,6 +23,7 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo.command_line import command, run_main
+from projected_grpo.config import Natural, UserError
 from projected_grpo.data_types import Problem, Task
 from projected_grpo.loopholes import LOOPHOLES, replace_body
 from projected_grpo.problems import fence, pose_one, read_problems
@@ -109,7 +110,7 @@ def light_problems(problems: Sequence[Problem]) -> list[Problem]:
         outcomes = grader.sandbox.run([strict_job(p, p.canonical, CANONICAL_CPU_S) for p in problems])
     for problem, outcome in zip(problems, outcomes, strict=True):
         if not oracle(outcome, problem)[0]:
-            raise ValueError(f"problem {problem.id}: its canonical solution fails: {oracle(outcome, problem)[2]}")
+            raise UserError(f"problem {problem.id}: its canonical solution fails: {oracle(outcome, problem)[2]}")
         if outcome.cpu_s < LIGHT_S:
             found.append(problem)
     return found
@@ -281,7 +282,7 @@ def soak(number: int, step: int = 500) -> list[dict[str, float]]:
     return rows
 
 
-def main(problems: Path | None = None, soak_submissions: int = 0, against: Path | None = None) -> int:
+def main(problems: Path | None = None, soak_submissions: Natural = 0, against: Path | None = None) -> int:
     """Bench the grader on a file's problems (a few built-in ones without), or soak it.
 
     Args:
@@ -291,8 +292,7 @@ def main(problems: Path | None = None, soak_submissions: int = 0, against: Path 
     """
     if against is not None:
         if problems is None:
-            print("--against needs --problems=FILE", file=sys.stderr)
-            return 2
+            raise UserError("--against needs --problems=FILE")
         return 0 if race(problems, against) else 1
     if soak_submissions:
         print(tabulate(soak(soak_submissions), headers="keys", tablefmt="github"))

@@ -25,6 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from projected_grpo import antipasto, loss
 from projected_grpo.antipasto import Knobs
 from projected_grpo.command_line import command, run_main
+from projected_grpo.config import Count
 
 How = Literal["chunked", "full"]
 VOCABULARY = 151_669
@@ -63,7 +64,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def main(how: How, rows: int = 8, tokens: int = 512, vocab: int = VOCABULARY, width: int = 64) -> None:
+def main(how: How, rows: Count = 8, tokens: Count = 512, vocab: Count = VOCABULARY, width: Count = 64) -> None:
     """One forward and backward through ``rows`` completions of ``tokens`` tokens; prints its peak and its seconds."""
     torch.set_num_threads(1)
     model = random_qwen3(vocab, width, layers=2)

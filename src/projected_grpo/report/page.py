@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from projected_grpo.command_line import command, run_main
+from projected_grpo.config import Count
 from projected_grpo.metrics import StepRow
 from projected_grpo.report import data, figures, panels
 from projected_grpo.report.data import Material
@@ -320,7 +321,7 @@ def main(
     names: tyro.conf.Positional[tuple[str, ...]] = (),
     outputs: str = "outputs",
     store: str = "docs/results",
-    rollouts: int = data.MOST,
+    rollouts: Count = data.MOST,
     to: str | None = None,
 ) -> None:
     """Write outputs/reports/NAME.html. rollouts: how many a report of several runs holds; one run's holds all."""

@@ -29,7 +29,7 @@ from tabulate import tabulate
 
 from projected_grpo import runs
 from projected_grpo.command_line import command, run_main
-from projected_grpo.config import UserError, choose
+from projected_grpo.config import Count, Positive, UserError, choose
 from projected_grpo.runs import git_commit, read_meta
 from projected_grpo.studies.rows import ROWS, SEEDS, STUDY_ROWS, Row
 
@@ -241,10 +241,10 @@ def overview(outputs: Path) -> str:
 def main(
     name: tyro.conf.Positional[str] = "",
     how: How = "here",
-    parallel: int = 2,
+    parallel: Count = 2,
     outputs: str = "outputs",
     only: str = "",
-    hours: float = 4.0,
+    hours: Positive = 4.0,
     cluster: Cluster = "slurm",
     slurm: tuple[str, ...] = (),
     store: str = "docs/results",

@@ -16,6 +16,7 @@ import tyro
 from tabulate import tabulate
 
 from projected_grpo.command_line import command, run_main
+from projected_grpo.config import Positive, choose
 from projected_grpo.studies import run
 
 RECENT = 10
@@ -121,9 +122,14 @@ def picture(outputs: Path, names: Sequence[str] = (), now: float | None = None) 
 
 
 def main(
-    names: tyro.conf.Positional[tuple[str, ...]] = (), outputs: str = "outputs", every: float = 10.0, once: bool = False
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    outputs: str = "outputs",
+    every: Positive = 10.0,
+    once: bool = False,
 ) -> None:
     """Show the running runs and their studies, and the named studies, again every few seconds until interrupted."""
+    for name in names:
+        choose("study", name, list(run.STUDIES))
     while True:
         screen = picture(Path(outputs), names)
         clear = "\033[H\033[J" if sys.stdout.isatty() else ""
