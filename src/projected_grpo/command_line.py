@@ -46,6 +46,8 @@ def check_words(argv: Sequence[str], kind: type = Config) -> None:
         raise UserError(f"name a preset: one of {', '.join(PRESETS)} (then --help lists every setting)")
     if not argv[0].startswith("-"):
         choose("preset", argv[0], list(PRESETS))
+    elif argv[0] not in ("-h", "--help"):
+        raise UserError(f"the preset comes before {argv[0]}: one of {', '.join(PRESETS)}")
     for word, following in zip(argv[1:], [*argv[2:], ""], strict=False):  # of one word, "" is left over
         if not word.startswith("--") or word == "--help":
             continue
@@ -243,7 +245,10 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
 
     2, with one line on standard error, for whatever the user can mend; 130 or 143 for Ctrl-C or SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we began
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        stream = getattr(sys, name)
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for δ
     level = "INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"
     say = lambda text: tqdm.write(text, sys.stderr, end="")
@@ -261,7 +266,8 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
             raise
         status = refusal(f"{error.filename}: {error.strerror}")
     except Stop as stop:
-        print(f"\nstopped: {'; '.join(getattr(stop, '__notes__', ['nothing was begun']))}", file=sys.stderr)
+        told = "; ".join(getattr(stop, "__notes__", ()))
+        print(f"\nstopped: {told}" if told else "\nstopped", file=sys.stderr)
         status = 128 + stop.args[0]
     sys.exit(status)
 

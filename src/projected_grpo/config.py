@@ -394,6 +394,8 @@ def ranges(kind: Any, value: Any = None) -> list[In | None]:
 
 def check_rules(cfg: Config) -> None:
     """Refuse, in one line, what no range can say."""
+    if not cfg.outputs:
+        raise UserError("--outputs is empty: name a folder")
     first, last = cfg.model.layers
     if first >= last:
         raise UserError(f"--layers is {first} {last}: the window's beginning has to lie before its end")

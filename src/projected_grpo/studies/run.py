@@ -157,8 +157,9 @@ def run_all(study: Study, outputs: Path, parallel: int) -> int:
             for number, (job, outcome) in enumerate(outcomes, 1):
                 print(f"{number}/{len(study.jobs)}  {job.label}  seed {job.seed}  {job.name}  {outcome}", flush=True)
                 failed += outcome.startswith("FAILED")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             pool.shutdown(wait=False, cancel_futures=True)
+            stop.add_note("what is done stays; the same command goes on")
             raise
     return failed
 
