@@ -1,5 +1,6 @@
 """The command line: presets, overrides, and one clear line for whatever the user can mend."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -18,13 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from projected_grpo import memory, prepare, problems
+from projected_grpo import memory, prepare, problems, rewards
+from projected_grpo.bench import grading, threads
 from projected_grpo.command_line import command, parse, run_main, without_colours
 from projected_grpo.config import PRESETS, In, UserError, check_ranges, check_rules, flat_fields, ranges
 from projected_grpo.rewards import EXAMPLES
 from projected_grpo.sandbox.worker import SandboxError
-from projected_grpo.studies import results
-from projected_grpo.tools import build_pool, cli
+from projected_grpo.studies import results, run, watch
+from projected_grpo.tools import build_pool, cli, grade
 from projected_grpo.train import main
 
 SMALL = ["--steps=2", "--prompts-per-step=2", "--group=2", "--n-eval=1", "--eval-samples=1", "--graders=1"]
@@ -75,6 +77,8 @@ def refused(main, argv, capsys) -> str:
         (["organism", "--max-prompt=3"], "raise --max-prompt"),
         (["organism", "--k=65"], "lower --k"),
         (["organism", "--modes=nomode"], "nomode"),
+        (["organism", "--n-heldout=1000"], "1000 of them held out, are too few"),
+        (["--stesp=1", "smoke"], "the preset comes before --stesp=1"),
         (["fast"], "--device=cpu"),
     ],
 )
@@ -108,6 +112,7 @@ BAD = [
     ("--eval-modes", "--eval-modes is empty"),
     ("--modes sentinel sentinel", "each once"),
     ("--name=a/b", "slash"),
+    ("--outputs=", "--outputs is empty"),
     ("--seed=-1", "--seed"),
     ("--threads=-1", "at least 0"),
     ("--learning-rate=1", "did you mean 'lr'?"),
@@ -152,6 +157,23 @@ def test_a_commands_own_flags_stand_beside_the_settings(capsys):
     assert "Perhaps you meant: --outputs" in refused(command(results.main), ["--output=x"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("function", "words", "says"),
+    [
+        (run.main, ["headline", "--parallel=0"], "--parallel is 0: it has to be at least 1"),
+        (run.main, ["headline", "--hours=nan"], "over 0"),
+        (watch.main, ["--once", "--every=-1"], "--every is -1.0: it has to be over 0"),
+        (watch.main, ["--once", "nosuch"], "unknown study 'nosuch'"),
+        (grade.main, ["x.jsonl", "--workers=-1"], "at least 1"),
+        (rewards.main, ["--workers=0"], "at least 1"),
+        (threads.main, ["--rounds=0"], "at least 1"),
+        (grading.main, ["--against=x"], "--against needs --problems"),
+    ],
+)
+def test_a_commands_own_numbers_have_ranges_too(function, words, says, capsys):
+    assert says in refused(command(function), words, capsys)
+
+
 def test_what_goes_wrong_on_the_way_is_a_line_too(tmp_path, capsys):
     def fails(error):
         def main(argv):
@@ -179,7 +201,7 @@ def test_a_stopped_entry_point_ends_with_a_line(number, status, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(main, [])
     assert stop.value.code == status
-    assert capsys.readouterr().err.strip().startswith("stopped")
+    assert capsys.readouterr().err == "\nstopped\n"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -191,6 +213,14 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(monkeypatch):
         run_main(lambda _: print("‖δS‖ 1"), [])
     monkeypatch.undo()
     assert written.getvalue() == b"??S? 1\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_is_as_good_as_none(name, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda _: print(getattr(sys, name).isatty(), file=getattr(sys, name)), [])
+    assert stop.value.code is None
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(monkeypatch, capsys):
@@ -253,8 +283,18 @@ def test_every_data_file_is_named_for_the_wheel_and_every_command_is_a_module():
     assert there - named == set()
     module, _, name = made["project"]["scripts"]["projected-grpo"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
-    for module, _ in cli.COMMANDS.values():
-        assert importlib.util.find_spec(f"projected_grpo.{module}") is not None
+
+
+def test_every_entry_point_is_a_command_whose_numbers_have_ranges():
+    package, entries = Path(cli.__file__).parents[1], {}
+    for path in package.rglob("*.py"):
+        source = path.read_text()
+        if "run_main(" in source.partition('\nif __name__ == "__main__":')[2]:
+            name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__main__")
+            entries[name] = next(f for f in ast.parse(source).body if getattr(f, "name", None) == "main")
+    assert entries.keys() == {module for module, _ in cli.COMMANDS.values()}
+    given = {f"{name} {a.arg}": ast.unparse(a.annotation) for name, f in entries.items() for a in f.args.args}
+    assert {flag: kind for flag, kind in given.items() if re.search(r"\b(int|float)\b", kind)} == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
