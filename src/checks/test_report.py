@@ -207,18 +207,22 @@ def test_names_that_are_no_report_are_one_line(runs):
         (NAMES["none", 63], "unfinished"),
         (NAMES["none", 64], "meta.json"),
         (NAMES["none", 62], "no eval_problems.jsonl"),
+        (f"{runs}/nowhere", "nowhere: not run"),
+        (f"{runs}/{NAMES['none', 51]} elsewhere/runs/x", "in elsewhere/runs"),
     ):
         with pytest.raises(UserError, match=told) as caught:
-            report.make((name,), runs.parent, runs.parent / "store", 10)
+            report.make(tuple(name.split()), runs.parent, runs.parent / "store", 10)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no finished run"):
         report.make((), runs.parent / "nothing", runs, 10)
 
 
 def test_several_runs_make_a_report_labelled_by_their_flags(runs):
-    found = report_data.material(tuple(NAMES[x] for x in (("none", 51), ("erase", 51), ("erase", 52))), runs, runs)
-    assert list(found.analysis.labels) == ["none --lr=0.01", "erase --lr=0.01"]
-    assert not found.single
+    names = [NAMES[x] for x in (("none", 51), ("erase", 51), ("erase", 52))]
+    for named, home in ((names, runs), ([f"{runs}/{name}" for name in names], runs / "elsewhere")):
+        found = report_data.material(tuple(named), home, runs)
+        assert list(found.analysis.labels) == ["none --lr=0.01", "erase --lr=0.01"]
+        assert not found.single
 
 
 def test_study_page_shows_h1_and_what_was_left_out(study_page):

@@ -162,19 +162,26 @@ def found_job(folder: Path) -> FoundJob:
         raise Unusable(f"meta.json: {type(error).__name__}") from None
 
 
-def named_runs(names: Sequence[str], runs: Path) -> Study:
-    """The named runs as a study. Raises UserError when one cannot be read at all, or two share label and seed."""
+def named_runs(names: Sequence[str], runs: Path) -> tuple[Study, Path]:
+    """The named runs as a study, and the folder that they are in: ``runs``, or that of the names that are paths.
+
+    Raises UserError when one cannot be read at all, or when they lie in several folders.
+    """
+    folders = [Path(name) if "/" in name else runs / name for name in names]
+    home, *others = {folder.parent.resolve(): folder.parent for folder in folders}.values()
+    if others:
+        raise UserError(f"the runs lie in {home} and in {others[0]}: a report takes those of one folder")
     jobs = []
-    for name in names:
+    for folder in folders:
         try:
-            jobs.append(found_job(runs / Path(name).name))
+            jobs.append(found_job(folder))
         except Unusable as why:
-            raise UserError(f"{name}: {why}; `just report` takes finished runs of {runs} and studies") from None
+            raise UserError(f"{folder}: {why}; `just report` takes finished runs and studies") from None
     again = len({(j.label, j.seed) for j in jobs}) < len(jobs)
     if again:  # told apart by their names
         jobs = [replace(j, label=j.run) for j in jobs]
     name = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} runs"
-    return Study(name, H="", why="", resolve="", jobs=tuple(jobs))
+    return Study(name, H="", why="", resolve="", jobs=tuple(jobs)), home
 
 
 def statements_of(metas: Sequence[Row]) -> dict[str, str]:
@@ -271,8 +278,9 @@ def material(names: Sequence[str], runs: Path, store: Path, most: int = MOST) ->
     names = names or [newest_run(runs)]
     if len(names) == 1 and names[0] in STUDIES:
         return gather(STUDIES[names[0]], runs, store, most)
-    if len(names) == 1 and not (runs / Path(names[0]).name).exists() and "/" not in names[0]:
+    if len(names) == 1 and "/" not in names[0] and not (runs / names[0]).exists():
         part = (runs / f"{names[0]}.part").exists()
         why = f"{names[0]} is unfinished" if part else f"{names[0]} is neither a run in {runs} nor a study"
         raise UserError(f"{why}; studies: {', '.join(STUDIES)}")
-    return gather(named_runs(names, runs), runs, store, most)
+    chosen, home = named_runs(names, runs)
+    return gather(chosen, home, store, most)
