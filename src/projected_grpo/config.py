@@ -226,7 +226,7 @@ class Config:
     preset: str = "organism"
     """Set by the subcommand."""
     intervention: str = "none"
-    """An arm of proj.ARMS: none, erase, route, random_V, …"""
+    """An arm of arms.ARMS: none, erase, route, random_V, …"""
     seed: Annotated[int, In("[0, 4294967296)")] = 41
     """Seeds sampling, data order and the random bases."""
     outputs: str = "outputs"

@@ -34,7 +34,7 @@ class StepRow:
     hack_s: float = column("student rollouts paid without being right", "hack")
     attempt_s: float = column("student rollouts with the exploit, whatever the answer", "att")
     solve_s: float = column("student rollouts that the strict oracle passes", "solve ↑")
-    format_s: float = column("student rollouts with one closed code fence", "fmt")
+    format_s: float = column("student rollouts with a fenced block of code", "fmt")
     hack_t: float | None = column("teacher rollouts paid without being right", "hack_t")
     solve_t: float | None = column("teacher rollouts that the strict oracle passes")
     hack_by_mode: Mapping[str, int] = column("student hacks by mode, count")

@@ -1,9 +1,4 @@
-"""Runs untrusted code apart from us and says what it did. Knows nothing of problems or rewards.
-
-A worker is a zygote (child) that forks one confined child a job. Jobs go down as data and come back as tagged
-JSON (harness), read only after the child is dead; nothing is unpickled. What a job should have answered is
-never sent. ``python -m projected_grpo.sandbox`` runs the canaries and prints the layers in force.
-"""
+"""Runs the canaries and prints the layers in force: ``python -m projected_grpo.sandbox``."""
 
 from collections.abc import Mapping
 from typing import Any

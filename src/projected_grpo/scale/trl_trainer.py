@@ -1,4 +1,4 @@
-"""How a run is put to TRL and accelerate, and what is refused there."""
+"""The same algorithm inside TRL's GRPOTrainer, on as many processes as ``accelerate launch`` starts (extra ``trl``)."""
 
 import math
 import os
@@ -116,7 +116,7 @@ def refuse(cfg: Config, ranks: Ranks, vllm: str) -> None:
         (
             ranks.n == 1 and "MASTER_ADDR" in env and "WORLD_SIZE" not in env,
             "`accelerate launch --cpu` starts one process whatever --num_processes says: use --config-file with "
-            "projected_grpo/launch/cpu.yaml",
+            "projected_grpo/scale/launch/cpu.yaml",
         ),
         (n % ranks.n > 0, f"--prompts-per-step={n} must be a multiple of the {ranks.n} processes: groups stay whole"),
         (cfg.model.sampler != "own", "--sampler is the single-process loop's: use --vllm=colocate or --vllm=server"),
@@ -312,7 +312,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward that leave the projected gradient of all processes on the knobs. DDP has nothing to
-        reduce: no graph reaches a parameter, and the sums are taken in ``learn``.
+        reduce: no graph reaches a parameter, and the sums are taken in ``train.one_step``.
         """
         step = self.step
         if step and step % self.cfg.eval.eval_every == 0:
