@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import tyro
 from loguru import logger
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from projected_grpo import antipasto, models, runs
@@ -25,9 +24,6 @@ from projected_grpo.runs import json_lines, read_meta
 
 def final_knobs(run: Path) -> dict[str, Tensor]:
     """The knobs at the end of training, before any relearning attack. Raises UserError."""
-    old = run / "checkpoint.safetensors"  # of runs from before there were checkpoint folders
-    if old.exists():
-        return load_file(old)
     last = runs.newest_checkpoint(run, ("step",))
     if last is None:
         raise UserError(f"{run} holds no checkpoint")
