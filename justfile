@@ -102,6 +102,10 @@ bench *ARGS:
 bench-threads *ARGS:
     {{python}} -m projected_grpo.bench.threads {{ARGS}}
 
+# is the GPU path right, and what does a step cost on this card (ten minutes)? --device=cpu --tiny: the list itself
+gpu-check *ARGS:
+    {{python}} -m projected_grpo.bench.gpu_check {{ARGS}}
+
 # what grading costs: gradings a second, against one process a grade
 bench-grading *ARGS:
     {{python}} -m projected_grpo.bench.grading {{ARGS}}
