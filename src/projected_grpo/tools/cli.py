@@ -34,6 +34,7 @@ COMMANDS = {
     "trl": ("scale.trl_trainer", "a run inside TRL's trainer (extra trl)"),
     "organism": ("organism.build", "rebuild the embedded tiny model, or a larger one"),
     "bench": ("bench.bench", "where a step's time goes (extra bench)"),
+    "gpu-check": ("bench.gpu_check", "whether the GPU path works, and what a step of `full` costs"),
     "bench-memory": ("bench.memory", "what the loss needs of memory, ours and that of full logits"),
     "bench-threads": ("bench.threads", "whether the default numbers of threads and graders are right"),
     "bench-grading": ("bench.grading", "what grading costs, and whether it holds out"),
@@ -43,8 +44,8 @@ COMMANDS = {
 
 def usage() -> str:
     """The commands and the presets, a line each."""
-    presets = [f"  {name:<13} {text}" for name, (text, _) in PRESETS.items()]
-    commands = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
+    presets = [f"  {name:<15} {text}" for name, (text, _) in PRESETS.items()]
+    commands = [f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         (
             "usage: projected-grpo PRESET [--setting=value ...]",
