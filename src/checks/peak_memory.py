@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig, Qwen3Config
 
-from projected_grpo import antipasto, loss, memory, sampling
+from projected_grpo import antipasto, loss, memory, models, sampling
 from projected_grpo.config import Config, DataCfg, ModelCfg, RLCfg
 from projected_grpo.data_types import Sampling
 
@@ -43,7 +43,7 @@ def step(config, cfg: Config) -> None:
     """Adapters, a merge, sampling and every row's gradient, at the plan's own sizes. U and Vh are random."""
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     if cfg.model.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        models.recompute(model, on=True)
     modules = {}
     for name, linear in antipasto.targets(model).items():
         o, i = linear.weight.shape

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from projected_grpo import antipasto, loss
+from projected_grpo import antipasto, loss, models
 from projected_grpo.config import UserError
 
 
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(wrapped, batch):
     ids, mask = batch
     weight = torch.ones(4, dtype=torch.float64)
     plain = loss.row_gradients(model, knobs, ids, mask, weight)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    models.recompute(model, on=True)
     calls = []
     knobs.modules["model.layers.0.mlp.up_proj"].register_forward_hook(lambda *_: calls.append(1))
     again = loss.row_gradients(model, knobs, ids, mask, weight)

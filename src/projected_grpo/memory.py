@@ -113,7 +113,8 @@ def saved_by_layer(model: nn.Module, tokens: int) -> list[float]:
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     decoder = model.get_decoder()
     h = torch.empty(1, tokens, model.config.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
-    positions = decoder.rotary_emb(h, torch.empty(1, tokens, dtype=torch.long, device="meta"))
+    axes = (3,) if hasattr(decoder.rotary_emb, "mrope_section") else ()  # time, height, width, though it is all text
+    positions = decoder.rotary_emb(h, torch.empty(*axes, 1, tokens, dtype=torch.long, device="meta"))
     own |= {t.untyped_storage()._cdata for t in positions}
 
     def counted(layer: nn.Module) -> float:
