@@ -76,7 +76,7 @@ ROWS: dict[str, Row] = {
         *(row(label, f"out {mode}", *known(*others(mode))) for mode in MODES for label in FOLDS),
         *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=5) for mode in MODES for label in (BEST, TWIN)),
         *(row(label, "worded otherwise", "--pairs=otherwise64") for label in ("erase", BEST)),
-        *(row(label, "with plans", "--pairs=planned64") for label in ("erase", BEST, "gate_act_punish")),
+        *(row(label, "with plans", "--pairs=planned64") for label in ("erase", BEST, TWIN)),
         *(row(label, "3x", *LONG) for label in HORIZON),
         *(row(label, "500", *LONGEST) for label in ("none", "honest", BEST)),
         *(row(x, f"only {mode}", *known(mode), "--pairs=organism16") for x in ("erase", BEST) for mode in MODES),
