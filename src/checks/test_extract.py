@@ -1,6 +1,7 @@
 """The hack direction: what V means, how it is oriented, what its cache is keyed by."""
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -159,9 +160,9 @@ def test_cache_key_follows_every_ingredient(organism):
 
 def test_cache_misses_then_hits_and_what_is_damaged_is_a_miss(organism, monkeypatch):
     model, tokenizer, knobs, chosen, cfg = organism
-    made = vhack.grads_for(model, knobs, tokenizer, chosen, cfg)
+    made = deepcopy(vhack.grads_for(model, knobs, tokenizer, chosen, cfg))  # what is loaded lies in the file
     files = list((cfg.cache / "vhack").iterdir())
-    again = vhack.grads_for(model, knobs, tokenizer, chosen, cfg)
+    again = deepcopy(vhack.grads_for(model, knobs, tokenizer, chosen, cfg))
     assert list((cfg.cache / "vhack").iterdir()) == files
     assert len(files) == 1
     whole = files[0].read_bytes()

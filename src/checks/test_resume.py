@@ -221,7 +221,7 @@ def test_damage_is_found_at_resume_and_named(runs, tmp_path, file, content, says
 
 
 def test_a_run_that_goes_on_is_not_resumed(runs, outputs, tmp_path):
-    cfg = parse([*SMALL, f"--outputs={outputs}", "--resume=halted", "--name=other", "--graders=3"])
+    cfg = parse([*SMALL, f"--outputs={outputs}", "--resume=halted", "--graders=3"])
     stopped = run_record.stopped(cfg)
     assert (stopped.at.phase, stopped.at.done) == ("step", 2)
     folder = tmp_path / "runs" / "halted.part"

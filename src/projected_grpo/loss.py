@@ -149,7 +149,8 @@ def row_gradients(
     in_kl = torch.full_like(weight, bool(beta), dtype=torch.bool) if kl_rows is None else kl_rows & bool(beta)
     nll, total, total_k3 = torch.zeros(len(ids), dtype=exact, device=ids.device), 0.0, 0.0
     drift = [nll.new_zeros(0)]
-    live = ((weight != 0) | in_kl).nonzero()[:, 0]
+    counts = (weight != 0) | in_kl
+    live = counts.nonzero()[:, 0]
     # transformers checkpoints in training mode only; there is no dropout
     model.train(checkpoints(model))
     made = lots(mask, live, micro_batch, lot_tokens)
@@ -180,7 +181,7 @@ def row_gradients(
                 for n, e in eps.items():
                     G[n][rows] = e.grad
             loss = whole
-        drift.append(off[~off.isnan()])
+        drift.append(off[~off.isnan() & counts[rows][row]])  # ``agree`` may have put rows in that do not count
         nll[rows] = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
         total, total_k3 = total + loss.item(), total_k3 + k3.item()
     model.eval()

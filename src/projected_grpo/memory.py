@@ -197,7 +197,7 @@ def plan(cfg: Config, config: Any = None, total: float | None = None, colocated:
         Part("δS, δS_hack, AdamW's moments", 8 * knobs * exact, "always", ""),
         *sampler,
         Part("rows' own gradients", 2 * rows * knobs * exact, "training", "--svd-rank or --layers"),
-        Part("activations", activations, "training", "--lot-tokens, --max-new or --gradient-checkpointing"),
+        Part("activations", activations, "training", "--lot-tokens, --max-new"),
         Part("backward's own", tokens * widest * (2 * size + 2 * exact), "training", "--lot-tokens or --max-new"),
         Part("logits chunk", 4 * logits * exact, "training", ""),
         Part("forming one W'", 5 * largest * 4, "merging", ""),
