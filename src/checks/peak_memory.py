@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig, Qwen3Config
 
-from projected_grpo import antipasto, loss, memory, models, sampling
+from projected_grpo import antipasto, loss, memory, models, rollout
 from projected_grpo.config import Config, DataCfg, ModelCfg, RLCfg
 from projected_grpo.data_types import Sampling
 
@@ -55,7 +55,7 @@ def step(config, cfg: Config) -> None:
     knobs.merge()
     prompts = [[5 + i] * cfg.data.max_prompt for i in range(cfg.rl.prompts_per_step)]
     how = Sampling(cfg.rl.max_new, (-1,), 0)
-    written = sampling.sample(model, prompts, cfg.rl.group, how, torch.Generator())
+    written = rollout.sample(model, prompts, cfg.rl.group, how, torch.Generator())
     rows = [p for p in prompts for _ in range(cfg.rl.group)]
     ids, mask = loss.collate(rows, [c.ids for c in written], 0, torch.device("cpu"))
     loss.row_gradients(model, knobs, ids, mask, torch.ones(len(ids)), micro_batch=cfg.rl.micro_batch)

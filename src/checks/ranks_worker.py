@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo import antipasto, arms, detectors, loss, sampling
+from projected_grpo import antipasto, arms, detectors, loss, rollout
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.config import Config, RLCfg, VHackCfg
 from projected_grpo.data_types import Grade, GradedBatch, Problem, Rollout, Step, Task, Wording
@@ -113,7 +113,7 @@ def directions(model: Qwen3ForCausalLM, knobs: antipasto.Knobs, arm: arms.Arm) -
 
 def experiment(cache: Path, arm: arms.Arm) -> Experiment:
     model, knobs = model_and_knobs(cache)
-    sample, V = partial(sampling.sample, model), directions(model, knobs, arm)
+    sample, V = partial(rollout.sample, model), directions(model, knobs, arm)
     return Experiment(model, None, knobs, sample, [], None, [], [], [], None, V, deque())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from projected_grpo import loss, sampling
+from projected_grpo import loss, rollout
 from projected_grpo.bench import reference
 from projected_grpo.bench.memory import full_logits_gradients
 from projected_grpo.bench.reference import HookForm
@@ -69,7 +69,7 @@ def test_same_seed_same_rollouts_in_either_form(wrapped, hook):
     model, _ = wrapped
     for prompt in PROMPTS:
         ours = [
-            sampling.sample(model, [prompt], 5, Sampling(20, (1,), 0), torch.Generator().manual_seed(7))
+            rollout.sample(model, [prompt], 5, Sampling(20, (1,), 0), torch.Generator().manual_seed(7))
             for _ in range(2)
         ]
         torch.manual_seed(7)

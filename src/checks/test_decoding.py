@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo import antipasto, decoding, sampling
+from projected_grpo import antipasto, decoding, rollout
 from projected_grpo.data_types import Sampling
 from projected_grpo.decoding import Graph, Pace
 
@@ -35,7 +35,7 @@ def adapted(kind: str, cache):
 def greedy(model, max_new: int = 14) -> Sampling:
     """Greedy, ended by two tokens that this model writes early in some rows and late, or never, in others."""
     how = Sampling(max_new, (-1,), 0, temperature=0.0)
-    rows = tokens(sampling.sample(model, PROMPTS, 1, how, torch.Generator()))
+    rows = tokens(rollout.sample(model, PROMPTS, 1, how, torch.Generator()))
     lengths = lambda ends: {next((i for i, t in enumerate(row) if t in ends), max_new) for row in rows}
     pairs = combinations(sorted({t for row in rows for t in row}), 2)
     return replace(how, eos=max(pairs, key=lambda ends: len(lengths(ends))))
@@ -46,7 +46,7 @@ def test_greedy_rows_write_the_same_whoever_is_beside_them(kind, cache, monkeypa
     """All at once, one after the other, and with rows that join others in their middle, behind prompts read late."""
     model, ats = adapted(kind, cache), []
     how = greedy(model)
-    at_once = sampling.sample(model, PROMPTS, 3, how, torch.Generator())
+    at_once = rollout.sample(model, PROMPTS, 3, how, torch.Generator())
     assert len({len(ids) for ids in tokens(at_once)}) > 2
     written = decoding.Slots.written
 
@@ -56,7 +56,7 @@ def test_greedy_rows_write_the_same_whoever_is_beside_them(kind, cache, monkeypa
 
     monkeypatch.setattr(decoding.Slots, "written", noted)
     for most in (1, 2, 3, 5, 11):
-        rows = sampling.sample(model, PROMPTS, 3, how, torch.Generator(), rows=most)
+        rows = rollout.sample(model, PROMPTS, 3, how, torch.Generator(), rows=most)
         assert tokens(rows) == tokens(at_once), most
         for ours, theirs in zip(rows, at_once, strict=True):
             assert ours.logp == pytest.approx(theirs.logp, abs=1e-4)
@@ -74,9 +74,9 @@ def test_windows_of_columns_are_sampled_in_lots():
     model = Qwen3ForCausalLM(config).eval()
     assert not decoding.takes_joiners(model)
     how = Sampling(10, (-1,), 0, temperature=0.0)
-    at_once = tokens(sampling.sample(model, PROMPTS, 2, how, torch.Generator()))
-    assert tokens(sampling.sample(model, PROMPTS, 2, how, torch.Generator(), rows=4)) == at_once
-    assert tokens(sampling.sample(model, PROMPTS, 2, how, torch.Generator(), rows=1)) == at_once
+    at_once = tokens(rollout.sample(model, PROMPTS, 2, how, torch.Generator()))
+    assert tokens(rollout.sample(model, PROMPTS, 2, how, torch.Generator(), rows=4)) == at_once
+    assert tokens(rollout.sample(model, PROMPTS, 2, how, torch.Generator(), rows=1)) == at_once
     for prompt, ids in zip(PROMPTS, at_once[::2], strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -104,7 +104,7 @@ def test_joining_rows_are_drawn_from_the_models_distribution():
     eos = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
     p = pair_probabilities(model, prompt, eos)
     dice, how = torch.Generator().manual_seed(3), Sampling(2, (eos,), 0)
-    rows = tokens(sampling.sample(model, [prompt, [5, 6, 7]], n, how, dice, rows=64))
+    rows = tokens(rollout.sample(model, [prompt, [5, 6, 7]], n, how, dice, rows=64))
     order, bins, share = sorted(p, key=lambda pair: (sum(pair) % 7, pair)), {}, 0.0
     for pair in order:
         bins[pair] = min(39, int(share * 40))
@@ -163,7 +163,7 @@ class TapedGraph(Graph):
 
 
 def taped(monkeypatch, stride: int) -> list[TapedGraph]:
-    monkeypatch.setattr(sampling, "pace_of", lambda model: Pace(TapedGraph, stride, static=True))
+    monkeypatch.setattr(rollout, "pace_of", lambda model: Pace(TapedGraph, stride, static=True))
     monkeypatch.setattr(TapedGraph, "made", [])
     return TapedGraph.made
 
@@ -175,29 +175,29 @@ def test_a_captured_turn_writes_what_turns_write_one_by_one(monkeypatch, attenti
     model.config._attn_implementation = attention
     how = greedy(model, 40)
     drawn = replace(how, temperature=0.8)
-    eager = [tokens(sampling.sample(model, PROMPTS, 3, h, torch.Generator().manual_seed(5))) for h in (how, drawn)]
+    eager = [tokens(rollout.sample(model, PROMPTS, 3, h, torch.Generator().manual_seed(5))) for h in (how, drawn)]
     looks, look = [], decoding.Slots.look
     monkeypatch.setattr(decoding.Slots, "look", lambda slots: (looks.append(slots.ring.at), look(slots)))
     made = taped(monkeypatch, 4)
     for h, theirs in zip((how, drawn), eager, strict=True):
-        assert tokens(sampling.sample(model, PROMPTS, 3, h, torch.Generator().manual_seed(5))) == theirs
+        assert tokens(rollout.sample(model, PROMPTS, 3, h, torch.Generator().manual_seed(5))) == theirs
     assert {len(g.tape.ops[1][1][0]) for g in made} >= {12, 6}, "one graph a batch size"
     assert len(looks) <= 2 * (2 + 40 / 4)
-    assert tokens(sampling.sample(model, PROMPTS, 3, how, torch.Generator(), rows=5)) == eager[0]
+    assert tokens(rollout.sample(model, PROMPTS, 3, how, torch.Generator(), rows=5)) == eager[0]
 
 
 def test_what_cannot_be_captured_goes_on_being_run(monkeypatch, cache):
     """A kernel that waits for the device breaks a capture; sampling goes on without, and says so."""
     model = adapted("qwen3", cache)
     how = greedy(model)
-    expected = tokens(sampling.sample(model, PROMPTS, 3, how, torch.Generator()))
+    expected = tokens(rollout.sample(model, PROMPTS, 3, how, torch.Generator()))
 
     class Broken(TapedGraph):
         def captured(self) -> Callable[[], None]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(sampling, "pace_of", lambda model: Pace(Broken, 4, static=True))
-    assert tokens(sampling.sample(model, PROMPTS, 3, how, torch.Generator())) == expected
+    monkeypatch.setattr(rollout, "pace_of", lambda model: Pace(Broken, 4, static=True))
+    assert tokens(rollout.sample(model, PROMPTS, 3, how, torch.Generator())) == expected
 
 
 def test_a_nucleus_is_found_in_the_prefix():

@@ -6,7 +6,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projected_grpo import arms, loss, sampling
+from projected_grpo import arms, loss, rollout
 from projected_grpo.data_types import Sampling
 
 
@@ -77,7 +77,7 @@ def test_a_16_bit_model_samples_and_trains_on_unrounded_logits():
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(30)  # tied: the embeddings too, which a norm takes back
     prompt = [[5, 6, 7]]
-    rows = sampling.sample(model, prompt, 8, Sampling(6, (-1,), 0), torch.Generator().manual_seed(0))
+    rows = rollout.sample(model, prompt, 8, Sampling(6, (-1,), 0), torch.Generator().manual_seed(0))
     ids, mask = loss.collate(prompt * 8, [r.ids for r in rows], 0, torch.device("cpu"))
     logp = loss.token_logprobs(model, ids, mask)
     with torch.no_grad():

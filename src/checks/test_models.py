@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from projected_grpo import antipasto, loss, memory, models, problems, rollout, sampling
+from projected_grpo import antipasto, loss, memory, models, problems, rollout
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, Config, ModelCfg, UserError
 from projected_grpo.data_types import Completion, Sampling
@@ -94,10 +94,10 @@ def test_samples_in_lots_and_with_rows_that_end(kind, dtype, cache):
     moved(antipasto.wrap(model, cache))
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
     how, dice = Sampling(12, (1,), 0), torch.Generator().manual_seed(3)
-    got = sampling.sample(model, prompts, 3, how, dice, rows=4)
+    got = rollout.sample(model, prompts, 3, how, dice, rows=4)
     assert len(got) == 9
-    assert sampling.sample(model, prompts, 5, how, dice, rows=2)[0].ids
-    greedy = sampling.sample(model, prompts, 1, replace(how, temperature=0.0), dice, rows=2)
+    assert rollout.sample(model, prompts, 5, how, dice, rows=2)[0].ids
+    greedy = rollout.sample(model, prompts, 1, replace(how, temperature=0.0), dice, rows=2)
     if dtype is torch.bfloat16:  # ties of two logits are rounded apart by the batch's shape
         return
     for prompt, row in zip(prompts, greedy, strict=True):
@@ -428,9 +428,9 @@ def test_a_completion_ends_at_the_templates_end_and_at_each_that_is_listed(small
 def test_ids_past_the_tokenizers_are_never_sampled():
     model = model_of("llama")
     how = Sampling(8, (1,), 0, vocab=20)
-    rows = sampling.sample(model, [[5, 6, 7]], 64, how, torch.Generator().manual_seed(0))
+    rows = rollout.sample(model, [[5, 6, 7]], 64, how, torch.Generator().manual_seed(0))
     assert 10 < max(max(row.ids) for row in rows) < 20
-    free = sampling.sample(model, [[5]], 64, replace(how, vocab=None), torch.Generator())
+    free = rollout.sample(model, [[5]], 64, replace(how, vocab=None), torch.Generator())
     assert max(max(row.ids) for row in free) >= 20
 
 

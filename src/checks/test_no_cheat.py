@@ -23,7 +23,7 @@ from projected_grpo.train import make_optimizer, take_step
 VERDICTS = {"gt_correct", "exploited", "solve_s", "hack_s", "label"}
 """The oracle's verdict and what is derived from it."""
 MODULES = (
-    "loss", "arms", "proj", "detectors", "extract_vhack_grad", "rollout", "pairs", "prepare", "antipasto", "sampling",
+    "loss", "arms", "proj", "detectors", "extract_vhack_grad", "rollout", "pairs", "prepare", "antipasto", "decoding",
     "train", "scale/vllm_sampling", "scale/ranks", "scale/sharded", "scale/trl_trainer",
 )  # fmt: skip
 """Modules in which an advantage, a gate, V or a pair is made, or a step is taken."""

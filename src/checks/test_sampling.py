@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from projected_grpo import decoding, sampling
+from projected_grpo import decoding, rollout
 from projected_grpo.data_types import Sampling
 
 
@@ -33,7 +33,7 @@ def with_generate(model, prompts, n, max_new, **settings):
 def test_same_tokens_as_generate(settings):
     model = tiny_model(torch.float32)
     generator = torch.Generator().manual_seed(7)
-    got = tokens(sampling.sample(model, PROMPTS, 5, Sampling(90, (1,), 0, **settings), generator))
+    got = tokens(rollout.sample(model, PROMPTS, 5, Sampling(90, (1,), 0, **settings), generator))
     torch.manual_seed(7)
     expected = with_generate(model, PROMPTS, 5, 90, do_sample=True, **settings)
     assert got == expected
@@ -42,7 +42,7 @@ def test_same_tokens_as_generate(settings):
 
 def test_greedy_is_generates_greedy():
     model = tiny_model(torch.float32)
-    got = tokens(sampling.sample(model, PROMPTS, 2, Sampling(8, (1,), 0, temperature=0.0), torch.Generator()))
+    got = tokens(rollout.sample(model, PROMPTS, 2, Sampling(8, (1,), 0, temperature=0.0), torch.Generator()))
     assert got == with_generate(model, PROMPTS, 2, 8, do_sample=False)
 
 
@@ -60,7 +60,7 @@ def small(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5"])
 def test_other_architectures_sample_what_generate_samples(kind):
     model = small(kind)
-    got = tokens(sampling.sample(model, PROMPTS, 3, Sampling(8, (1,), 0), torch.Generator().manual_seed(7)))
+    got = tokens(rollout.sample(model, PROMPTS, 3, Sampling(8, (1,), 0), torch.Generator().manual_seed(7)))
     torch.manual_seed(7)
     assert got == with_generate(model, PROMPTS, 3, 8, do_sample=True)
 
@@ -68,8 +68,8 @@ def test_other_architectures_sample_what_generate_samples(kind):
 def test_a_rows_tokens_do_not_depend_on_who_shares_its_padding():
     model = tiny_model(torch.float32)
     greedy = Sampling(8, (1,), 0, temperature=0.0), torch.Generator()
-    alone = tokens(sampling.sample(model, PROMPTS[:1], 4, *greedy))
-    assert tokens(sampling.sample(model, PROMPTS, 4, *greedy))[:4] == alone
+    alone = tokens(rollout.sample(model, PROMPTS[:1], 4, *greedy))
+    assert tokens(rollout.sample(model, PROMPTS, 4, *greedy))[:4] == alone
 
 
 def test_nucleus_by_hand():
@@ -84,7 +84,7 @@ def test_logp_is_that_of_the_distribution_drawn_from(top_p):
     """By one forward over prompt and completion: at the temperature, renormalised within the nucleus."""
     model = tiny_model(torch.float32)
     how = Sampling(12, (1,), 0, temperature=0.7, top_p=top_p)
-    rows = sampling.sample(model, PROMPTS, 2, how, torch.Generator().manual_seed(7))
+    rows = rollout.sample(model, PROMPTS, 2, how, torch.Generator().manual_seed(7))
     for prompt, row in zip([p for p in PROMPTS for _ in range(2)], rows, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *row.ids]])).logits[0, len(prompt) - 1 : -1] / 0.7

@@ -17,12 +17,12 @@ from conftest import tiny_model
 from test_models import model_of, moved
 from transformers import AutoModelForCausalLM, Qwen3_5Config
 
-from projected_grpo import antipasto, decoding, memory, models, sampling, train
+from projected_grpo import antipasto, decoding, memory, models, rollout, train
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, UserError
 from projected_grpo.data_types import Sampling
+from projected_grpo.rollout import refuse_sampler, sampler_of
 from projected_grpo.runs import json_lines
-from projected_grpo.sampling import refuse, sampler_of
 from projected_grpo.scale import vllm_sampling
 from projected_grpo.scale.sharded import merged_parameters
 from projected_grpo.scale.vllm_sampling import VllmSampler
@@ -282,7 +282,7 @@ def close(ours, theirs) -> None:
 
 def ends_of(model) -> tuple[int, int]:
     """Two tokens that this model writes greedily, one of them soon: an end, and one that is none of ours."""
-    rows = sampling.sample(model, PROMPTS, 1, Sampling(12, (-1,), 0, temperature=0.0), torch.Generator())
+    rows = rollout.sample(model, PROMPTS, 1, Sampling(12, (-1,), 0, temperature=0.0), torch.Generator())
     return rows[0].ids[3], rows[1].ids[1]
 
 
@@ -291,7 +291,7 @@ def test_greedy_completions_are_our_own_samplers(cache):
     eos, other = ends_of(tiny_model(torch.float32))
     model, knobs, sample = beside(tiny_model(torch.float32), cache, ends=(other,))
     quiet = Sampling(12, (eos,), 0, temperature=0.0), torch.Generator()
-    before = sampling.sample(model, PROMPTS, 3, *quiet)
+    before = rollout.sample(model, PROMPTS, 3, *quiet)
     close(sample(PROMPTS, 3, *quiet), before)
     assert {c[-1] == eos for c in tokens(before)} == {True, False}
     assert {len(c) for c in tokens(before)} > {12}
@@ -299,7 +299,7 @@ def test_greedy_completions_are_our_own_samplers(cache):
     moved(knobs, 0.5)
     for use in ("trained", "deployed"):
         with knobs.using(use):
-            now = sampling.sample(model, PROMPTS, 3, *quiet)
+            now = rollout.sample(model, PROMPTS, 3, *quiet)
             close(sample(PROMPTS, 3, *quiet), now)
             assert tokens(now) != tokens(before)
     assert sample.llm.resets == 3
@@ -341,7 +341,7 @@ def test_a_run_and_one_that_goes_on_with_it(tmp_path, monkeypatch, vllm):
     """
     vllm.LLM, engines = started()
     monkeypatch.setattr(vllm_sampling, "refuse", lambda cfg: None)
-    monkeypatch.setattr(sampling, "decode", None)
+    monkeypatch.setattr(rollout, "decode", None)
     argv = [*SMALL, "--sampler=vllm", f"--outputs={tmp_path}"]
     whole = train.train(parse([*argv, "--name=whole"]))
     assert (engines[0].share, engines[0].longest) == (0.25, 256 + 48)
@@ -381,25 +381,26 @@ def config(**more):
 
 
 def test_what_cannot_work_is_refused(monkeypatch, tmp_path):
-    refuse(PRESETS["organism"][1])
+    refuse_sampler(PRESETS["organism"][1])
     with pytest.raises(UserError, match="CUDA device: use --sampler=own"):
-        refuse(config(device="cpu"))
+        refuse_sampler(config(device="cpu"))
     monkeypatch.setattr(models, "device_of", lambda cfg: torch.device("cuda"))
-    refuse(config())
+    refuse_sampler(config())
     with pytest.raises(UserError, match="between 0 and 1"):
-        refuse(config(vllm_memory=30.0))
+        refuse_sampler(config(vllm_memory=30.0))
     (tmp_path / "some.gguf").touch()
     with pytest.raises(UserError, match=r"reads no \.gguf file"):
-        refuse(config(model=str(tmp_path / "some.gguf")))
+        refuse_sampler(config(model=str(tmp_path / "some.gguf")))
     with pytest.raises(UserError, match="--temperature=2 at most"):
-        refuse(replace(config(), rl=replace(config().rl, temperature=2.5)))
+        refuse_sampler(replace(config(), rl=replace(config().rl, temperature=2.5)))
     monkeypatch.setattr(vllm_sampling, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[vllm\]'"):
-        refuse(config())
+        refuse_sampler(config())
 
 
-def test_trls_loop_has_its_own_vllm():
+def test_trls_loop_has_its_own_vllm(monkeypatch):
     pytest.importorskip("trl", reason="needs the extra trl")
+    monkeypatch.delitem(sys.modules, "vllm")  # TRL would import more of it than the stub has
     from projected_grpo.scale import trl_trainer
 
     with pytest.raises(UserError, match="--vllm=colocate"):
@@ -422,7 +423,7 @@ def test_our_own_sampler_is_sampling_sample(cache):
     cfg = PRESETS["organism"][1]
     made = sampler_of(model, antipasto.wrap(model, cache), replace(cfg, model=replace(cfg.model, sample_rows=3)))
     assert isinstance(made, partial)
-    assert (made.func, made.args, made.keywords) == (sampling.sample, (model,), {"rows": 3})
+    assert (made.func, made.args, made.keywords) == (rollout.sample, (model,), {"rows": 3})
 
 
 def test_the_memory_plan_counts_vllms_share():

@@ -13,7 +13,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout_log, sampling, sandbox
+from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout, rollout_log, sandbox
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
@@ -74,7 +74,7 @@ def check(cfg: Config) -> None:
     arms.arm(cfg.intervention)
     writable(Path(cfg.outputs))
     models.device_of(cfg.model)
-    sampling.refuse(cfg)
+    rollout.refuse_sampler(cfg)
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
         raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
     if cfg.n_teacher and cfg.pool.pool is None:
@@ -187,7 +187,7 @@ def set_up(cfg: Config) -> Experiment:
     watch = replace(cfg.vhack, pairs=cfg.vhack.watch_pairs, known_modes=None)  # an instrument: it may know all modes
     watch_pairs = pairs.load(watch, None, tasks) if watch.pairs else []
     directions = directions_for(model, knobs, tokenizer, chosen_pairs, other, watch_pairs, cfg, vhack.grads_for)
-    sample = sampling.sampler_of(model, knobs, cfg)
+    sample = rollout.sampler_of(model, knobs, cfg)
     return Experiment(
         model,
         tokenizer,

@@ -84,7 +84,7 @@ def one_step(
     rollouts are, and only their sums are shared. The Step returned holds the rollouts of all processes.
     """
     V = x.directions
-    # --- roll out: tasks -> completions -> verdicts -> rewards                           rollout, sampling, rewards
+    # --- roll out: tasks -> completions -> verdicts -> rewards                           rollout, decoding, rewards
     batch = roll_out()
     began = time.perf_counter()
     whole, own = ranks.whole(batch), ranks.own(len(batch.rewards))

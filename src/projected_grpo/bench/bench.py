@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from projected_grpo import antipasto, arms, data_types, loss, models, problems, proj, sampling
+from projected_grpo import antipasto, arms, data_types, loss, models, problems, proj, rollout
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.bench import memory as bench_memory
@@ -87,7 +87,7 @@ class Candidates:
     def sample(self, model: nn.Module, seed: int, group: int | None = None) -> list[list[int]]:
         """Our sampler on a model, wrapped or not."""
         generator = torch.Generator().manual_seed(seed)
-        rows = sampling.sample(model, self.prompts, group or self.cfg.rl.group, self.how, generator)
+        rows = rollout.sample(model, self.prompts, group or self.cfg.rl.group, self.how, generator)
         return [list(row.ids) for row in rows]
 
     def batch(self, completions: list[list[int]]) -> tuple[GradedBatch, Tensor]:

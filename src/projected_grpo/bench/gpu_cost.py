@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config
 
-from projected_grpo import antipasto, arms, decoding, loss, memory, models, proj, sampling, train
+from projected_grpo import antipasto, arms, decoding, loss, memory, models, proj, rollout, train
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.bench.gpu_parts import (
@@ -124,8 +124,8 @@ def sampled(check: Check, context: int, turns: int, pace: decoding.Pace) -> list
     model, n = check.model[0], 4
     prompts = [(check.prompts[0] * (1 + context // check.size.prompt))[:context]] * n
     how = Sampling(turns + 1, (END,), 0, check.size.cfg.rl.temperature, check.size.cfg.rl.top_p)
-    with patch.object(sampling, "pace_of", lambda _: pace):
-        return sampling.sample(model, prompts, check.size.rows // n, how, check.dice())
+    with patch.object(rollout, "pace_of", lambda _: pace):
+        return rollout.sample(model, prompts, check.size.rows // n, how, check.dice())
 
 
 def turn_seconds(check: Check, context: int, pace: decoding.Pace) -> float:
@@ -189,8 +189,8 @@ def graphed(check: Check) -> Iterator[Row]:
     prompts, how = [p[:n] for p, n in zip(check.prompts, (7, check.size.prompt), strict=False)], Sampling(20, (END,), 0)
     both = []
     for pace in (launched, fixed):
-        with patch.object(sampling, "pace_of", lambda _, pace=pace: pace):
-            both.append([r.ids for r in sampling.sample(small, prompts, 3, how, check.dice())])
+        with patch.object(rollout, "pace_of", lambda _, pace=pace: pace):
+            both.append([r.ids for r in rollout.sample(small, prompts, 3, how, check.dice())])
     same = sum(a == b for a, b in zip(*both, strict=True)) / len(both[0])
     # a rounding in another kernel may turn one token, and with it the rest of its row
     yield Row("float32: rows that both paces draw alike", same, "", 0.8, "at least", same >= 0.8)
@@ -289,7 +289,7 @@ def whole_step(check: Check) -> Iterator[Row]:
     V = vhack.random_basis(vhack.HackBasis(ones, {m: v[:, 0] for m, v in ones.items()}, {}), 0)
     how = Sampling(cfg.rl.max_new, (END,), 0, cfg.rl.temperature, cfg.rl.top_p)
     clock = [check.synchronized()]
-    rows = sampling.sample(model, check.prompts, cfg.rl.group, how, check.dice(), cfg.model.sample_rows)
+    rows = rollout.sample(model, check.prompts, cfg.rl.group, how, check.dice(), cfg.model.sample_rows)
     clock.append(check.synchronized())
     prompts = [p for p in check.prompts for _ in range(cfg.rl.group)]
     ids, mask = loss.collate(prompts, [r.ids for r in rows], 0, device)

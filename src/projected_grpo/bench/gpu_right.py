@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from projected_grpo import antipasto, arms, decoding, loss, models, prepare, sampling, train
+from projected_grpo import antipasto, arms, decoding, loss, models, prepare, rollout, train
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.bench.gpu_parts import END, LAYERS, Check, Row, at_most, bare, flat, holds, relative
@@ -104,7 +104,7 @@ def padded(check: Check) -> Iterator[Row]:
         yield holds(f"{name}: finite logits, and a cache as long as the widest prompt",
                     lot.logits.isfinite().all() and lot.cache.get_seq_length() == max(lengths))  # fmt: skip
         yield at_most(f"{name}: padded against unpadded", relative(lot.logits, alone), tolerance)
-        ours = [row.ids for row in sampling.sample(model, prompts, 2, how, check.dice())]
+        ours = [row.ids for row in rollout.sample(model, prompts, 2, how, check.dice())]
         theirs = generated(model, [p for p in prompts for _ in range(2)], how)
         # in bfloat16 two logits of equal value are told apart by the kernel that made them
         first = sum(a[0] == b[0] for a, b in zip(ours, theirs, strict=True)) / len(ours)
@@ -170,7 +170,7 @@ def logprobs(check: Check) -> Iterator[Row]:
     for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
         model = check.model[0] if dtype == check.model[0].dtype else bare(check, dtype, LAYERS)
         how = Sampling(min(check.size.sampled, 64), (END,), 0, 0.7)
-        rows = sampling.sample(model, check.prompts[:2], 4, how, check.dice())
+        rows = rollout.sample(model, check.prompts[:2], 4, how, check.dice())
         ids, mask = loss.collate(
             [p for p in check.prompts[:2] for _ in range(4)], [r.ids for r in rows], 0, check.device
         )

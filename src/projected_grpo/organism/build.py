@@ -33,7 +33,7 @@ from projected_grpo.organism import stock
 from projected_grpo.organism.corpus import CorpusCfg, corpus
 from projected_grpo.problems import encode_prompt, generated, kind_of, messages, pose_one
 from projected_grpo.rewards import Grader
-from projected_grpo.sampling import sample
+from projected_grpo.rollout import sample
 
 FOLDER = Path(__file__).parent / "files"
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

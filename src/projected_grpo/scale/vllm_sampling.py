@@ -89,7 +89,7 @@ def load(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 class VllmSampler:
-    """``sampling.sample`` by vLLM. ``llm``: its ``LLM``; ``held``: the gains (r,) in its copy of each adapted Linear,
+    """``rollout.sample`` by vLLM. ``llm``: its ``LLM``; ``held``: the gains (r,) in its copy of each adapted Linear,
     None where that is the base's weight. names: ``models.checkpoint_names``.
 
     One request a completion. vLLM draws from the process's global generators, which nothing here draws from, and a call
@@ -114,7 +114,7 @@ class VllmSampler:
     def __call__(
         self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, generator: torch.Generator
     ) -> list[Completion]:
-        """As ``sampling.sample`` returns them. how.pad is not needed: rows do not wait for one another.
+        """As ``rollout.sample`` returns them. how.pad is not needed: rows do not wait for one another.
 
         Raises FloatingPointError where a log-prob is no number.
         """

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from projected_grpo import antipasto, models, pairs, prepare, problems, rollout, rollout_log, sampling
+from projected_grpo import antipasto, models, pairs, prepare, problems, rollout, rollout_log
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.command_line import parse, run_main
 from projected_grpo.rewards import Grader
@@ -27,7 +27,7 @@ VERDICTS = ("format_ok", "compiles", "gt_correct", "attempted", "exploited")
 def main(argv: Sequence[str]) -> None:
     """Print the report, with the seconds that each part took."""
     cfg = parse(argv)
-    sampling.refuse(cfg)
+    rollout.refuse_sampler(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     seconds: dict[str, float] = {}
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = pairs.load(cfg.vhack, teacher, problems.tasks_for(cfg))
     model, tokenizer = timed("load", lambda: models.load(cfg.model))
     knobs = timed("adapters", lambda: antipasto.wrap(model, cfg.cache, cfg.model.layers, cfg.model.svd_rank))
-    sample = timed("sampler", lambda: sampling.sampler_of(model, knobs, cfg))
+    sample = timed("sampler", lambda: rollout.sampler_of(model, knobs, cfg))
     grads = timed("pairs' gradients", lambda: vhack.side_gradients(model, knobs, tokenizer, chosen, cfg))
     real = vhack.fit_basis(grads, cfg.vhack).meta
     null = [
