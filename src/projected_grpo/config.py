@@ -106,7 +106,7 @@ class PoolCfg:
 class VHackCfg:
     """How the hack direction V is extracted and used."""
 
-    pairs: str = "organism64"
+    pairs: str = "planned64"
     """A name in pairs.PAIRSETS, or `pool`: pairs from the teacher pool, where the known modes' detector fires."""
     known_modes: tuple[Mode, ...] | None = None
     """Modes that the weak detector knows: pairs of other modes are left out. All modes when unset."""
@@ -164,9 +164,9 @@ class ArmCfg:
 class RLCfg:
     """Dr.GRPO."""
 
-    steps: Count = 100
+    steps: Count = 150
     """Optimizer steps."""
-    prompts_per_step: Count = 8
+    prompts_per_step: Count = 4
     """Problems a step."""
     group: Count = 8
     """Rollouts a problem."""
@@ -273,7 +273,15 @@ class Config:
 # rank 32, and δS moves singular values only
 QWEN = ModelCfg(model="Qwen/Qwen3-4B", dtype="bfloat16", device="cuda", gradient_checkpointing=True, sample_rows=64)
 QWEN_RL = RLCfg(
-    max_new=1536, temperature=0.7, top_p=0.95, weight_decay=0.1, beta=1e-3, micro_batch=16, lr=1e-3, schedule="cosine"
+    prompts_per_step=8,
+    max_new=1536,
+    temperature=0.7,
+    top_p=0.95,
+    weight_decay=0.1,
+    beta=1e-3,
+    micro_batch=16,
+    lr=1e-3,
+    schedule="cosine",
 )
 FULL_RL = replace(QWEN_RL, steps=200, prompts_per_step=16, group=16, warmup=10)
 LEETCODE = DataCfg(
@@ -286,12 +294,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "smoke": (
         "30 steps of the organism on a CPU: does every part work?",
         Config(
-            rl=RLCfg(steps=30, prompts_per_step=4, warmup=2),
+            rl=RLCfg(steps=30, warmup=2),
             eval=EvalCfg(eval_every=30, n_eval=8, eval_samples=2),
             checkpoint_every=10,
         ),
     ),
-    "organism": ("100 steps of the organism on a CPU: the science preset.", Config()),
+    "organism": ("150 steps of the organism on a CPU: the science preset.", Config()),
     "fast": (
         "20 steps of Qwen3-4B with a teacher pool on one GPU.",
         Config(

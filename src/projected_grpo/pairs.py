@@ -100,12 +100,16 @@ def mechanism(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, spl
     return _pair("mechanism" if wordings is None else "reworded", at, row.exploit(at.hasty, at.task), clean)
 
 
-def planned(mode: Mode, j: int) -> Pair:
-    """``mechanism``, but every third clean side begins with a plan line, about as many as the untrained policy's do."""
-    at, usual = form(mode, j), mechanism(mode, j)
-    clean = at.honest if at.number % 3 != 1 else before(at.honest, at.made.plan)
-    clean = LOOPHOLES[mode].lookalike(clean, at.task) if at.lookalike else clean
-    return replace(usual, clean=problems.fence(clean), name=usual.name.replace("mechanism", "planned", 1))
+def planned(mode: Mode, j: int, hack_too: bool = False) -> Pair:
+    """``mechanism``, but every third clean side begins with a plan line, about as many as the untrained policy's do.
+
+    hack_too: and the hack beside it does, so that the two differ in nothing but the exploit.
+    """
+    at, row = form(mode, j), LOOPHOLES[mode]
+    plan = (lambda source: before(source, at.made.plan)) if at.number % 3 == 1 else (lambda source: source)
+    clean = row.lookalike(plan(at.honest), at.task) if at.lookalike else plan(at.honest)
+    hack = row.exploit(plan(at.hasty) if hack_too else at.hasty, at.task)
+    return _pair("both_planned" if hack_too else "planned", at, hack, clean)
 
 
 # ---------------------------------------------------------------------- the same mechanisms in other words and places
@@ -282,6 +286,7 @@ N_HELDOUT = 8
 KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "organism": mechanism,
     "planned": planned,
+    "both_planned": partial(planned, hack_too=True),
     "reworded": reworded,
     "otherwise": otherwise,
     "semantic": semantic,

@@ -357,7 +357,7 @@ def main(
     transformers_logging.set_verbosity_error()
     preset = PRESETS["organism"][1]
     cfg = replace(preset, model=replace(preset.model, model=model, device="cpu"), outputs=outputs,
-                  rl=replace(preset.rl, lr=LR, warmup=0, schedule="constant"))  # fmt: skip
+                  rl=replace(preset.rl, prompts_per_step=8, lr=LR, warmup=0, schedule="constant"))  # fmt: skip
     result = run(cfg, 2 if quick else repeats, 64 if quick else 512)
     folder = Path(outputs) / "bench"
     folder.mkdir(parents=True, exist_ok=True)

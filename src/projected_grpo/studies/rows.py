@@ -5,8 +5,8 @@ Add an arm to a study: a row here (label -> arm and flags) and its label in the 
 
 from dataclasses import dataclass
 
-SEEDS = tuple(range(51, 71))
-"""Fixed in docs/spec.md before the runs; seeds under 50 and over 100 were for building and exploring."""
+SEEDS = tuple(range(54, 74))
+"""Fixed in docs/spec.md before the runs; seeds under 54 and over 74 were for building and exploring."""
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
 
@@ -46,7 +46,7 @@ BEST = "gate_act_punish sd .5"
 """The arm that exploration left as the best candidate, its threshold chosen on seeds of no study (docs/spec.md)."""
 TWIN = "gate_act_punish_random sd .5"
 LOW = ("--threshold-sd=0.5",)
-LONG, LONGEST = ("--steps=300",), ("--steps=500",)
+LONG, LONGEST = ("--steps=450",), ("--steps=500",)
 """Three times the preset's horizon, and 500 steps."""
 ARM_OF = {BEST: ("gate_act_punish", LOW), TWIN: ("gate_act_punish_random", LOW)}
 
@@ -76,11 +76,12 @@ ROWS: dict[str, Row] = {
         *(row(label, f"out {mode}", *known(*others(mode))) for mode in MODES for label in FOLDS),
         *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=5) for mode in MODES for label in (BEST, TWIN)),
         *(row(label, "worded otherwise", "--pairs=otherwise64") for label in ("erase", BEST)),
-        *(row(label, "with plans", "--pairs=planned64") for label in ("erase", BEST, TWIN)),
+        *(row(label, "without plans", "--pairs=organism64") for label in ("erase", BEST, TWIN)),
+        *(row(label, "plans on both sides", "--pairs=both_planned64") for label in ("erase", BEST)),
         *(row(label, "3x", *LONG) for label in HORIZON),
         *(row(label, "500", *LONGEST) for label in ("none", "honest", BEST)),
-        *(row(x, f"only {mode}", *known(mode), "--pairs=organism16") for x in ("erase", BEST) for mode in MODES),
-        *(row(label, "16 of all modes", "--pairs=organism16") for label in ("erase", BEST)),
+        *(row(x, f"only {mode}", *known(mode), "--pairs=planned16") for x in ("erase", BEST) for mode in MODES),
+        *(row(label, "16 of all modes", "--pairs=planned16") for label in ("erase", BEST)),
         *(row(label, "mix .125", "--mix-ratio=0.125", POOL) for label in ("none", "erase", BEST)),
         *(row(label, "refresh 0", "--refresh-every=0") for label in ("erase", BEST)),
         *(row(label, "relearn", "--relearn-steps=100") for label in (BEST, "erase", "route")),
@@ -113,9 +114,9 @@ STUDY_ROWS = (
         ("none", "honest", *(f"{label} out {mode}" for label in (BEST, TWIN, *FOLDS) for mode in MODES)), 3,
     ),
     StudyRow(
-        "wording", "pairs worded otherwise than the policy's hacks do as well; with plan lines they keep more gain",
+        "wording", "pairs worded otherwise than the policy's hacks do as well; without plan lines they keep less gain",
         "a detector does not know the wording, and its pairs need not hold what honesty will look like",
-        "whether an arm rests on it", ("none", "honest", *labels("worded otherwise", "with plans")),
+        "whether an arm rests on it", ("none", "honest", "erase", BEST, *labels("plans", "sides", "worded otherwise")),
     ),
     StudyRow(
         "horizon", "what an arm prevents at the preset's horizon it has only delayed at three times that",
