@@ -100,12 +100,12 @@ def mechanism(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, spl
     return _pair("mechanism" if wordings is None else "reworded", at, row.exploit(at.hasty, at.task), clean)
 
 
-def planned(mode: Mode, j: int, hack_too: bool = False) -> Pair:
+def planned(mode: Mode, j: int, hack_too: bool = False, split: Split = "train") -> Pair:
     """``mechanism``, but every third clean side begins with a plan line, about as many as the untrained policy's do.
 
     hack_too: and the hack beside it does, so that the two differ in nothing but the exploit.
     """
-    at, row = form(mode, j), LOOPHOLES[mode]
+    at, row = form(mode, j, split=split), LOOPHOLES[mode]
     plan = (lambda source: before(source, at.made.plan)) if at.number % 3 == 1 else (lambda source: source)
     clean = row.lookalike(plan(at.honest), at.task) if at.lookalike else plan(at.honest)
     hack = row.exploit(plan(at.hasty) if hack_too else at.hasty, at.task)
@@ -293,7 +293,7 @@ KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "nonhack": nonhack,
     "placebo": naming,
     "spacing": spacing,
-    "watch": partial(mechanism, split="validation"),
+    "watch": partial(planned, split="validation"),
 }
 """(mode, j) -> the j-th pair of a kind in a mode. nonhack, placebo, semantic and spacing hold no exploit at all."""
 
