@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from projected_grpo import extract_vhack_grad as vhack
+from projected_grpo import loss
 from projected_grpo.arms import Arm
 from projected_grpo.config import Config, VHackCfg
 from projected_grpo.data_types import Pair
@@ -48,13 +49,18 @@ def hidden_layers(depth: tuple[float, float], n: int) -> list[int]:
 @torch.no_grad()
 def pooled(
     model: nn.Module, ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], readings: Sequence[Reading],
-    micro_batch: int = 64,
+    micro_batch: int = 64, lot_tokens: int = loss.LOT_TOKENS,
+    agree: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
 ) -> States:  # fmt: skip
-    """Every reading of the rows' completions, (b, d) in float32, from one forward at the knobs in use."""
+    """Every reading of the rows' completions, (b, d) in float32, from one forward at the knobs in use, in lots as those
+    of ``loss.row_gradients``.
+    """
     if not readings:
         return {}
     n, rows = model.config.get_text_config().num_hidden_layers, {reading: [] for reading in readings}
-    for i, m in zip(ids.split(micro_batch), mask.split(micro_batch), strict=True):
+    lots = loss.lots(mask, torch.arange(len(ids), device=ids.device), micro_batch, lot_tokens)
+    lots = agree(lots, mask) if agree else lots
+    for _, i, m in (loss.trimmed(ids, mask, lot) for lot in lots):
         states = model.get_decoder()(input_ids=i, use_cache=False, output_hidden_states=True).hidden_states
         written = torch.nn.functional.pad(m, (1, 0))  # mask[t] speaks of token t+1
         for reading in readings:
@@ -65,16 +71,18 @@ def pooled(
             else:
                 weight = written.to(h)
                 rows[reading].append((h * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
-    return {reading: torch.cat(parts) for reading, parts in rows.items()}
+    back = torch.cat(lots).argsort()
+    return {reading: torch.cat(parts)[back] for reading, parts in rows.items()}
 
 
 def of_pairs(
-    model: nn.Module, tokenizer: Any, chosen: Sequence[Pair], readings: Sequence[Reading], micro_batch: int = 64
-) -> dict[Reading, tuple[Tensor, Tensor]]:
+    model: nn.Module, tokenizer: Any, chosen: Sequence[Pair], readings: Sequence[Reading], micro_batch: int = 64,
+    lot_tokens: int = loss.LOT_TOKENS,
+) -> dict[Reading, tuple[Tensor, Tensor]]:  # fmt: skip
     """Every reading of the pairs' hack sides and clean sides, (n, d) each, at the knobs in use."""
     ids, mask = vhack.encoded(tokenizer, chosen, model.device)
     n = len(chosen)
-    return {r: (h[:n], h[n:]) for r, h in pooled(model, ids, mask, readings, micro_batch).items()}
+    return {r: (h[:n], h[n:]) for r, h in pooled(model, ids, mask, readings, micro_batch, lot_tokens).items()}
 
 
 def readings_of(arm: Arm) -> list[Reading]:

@@ -13,13 +13,25 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout, rollout_log, sandbox
+from projected_grpo import (
+    antipasto,
+    arms,
+    detectors,
+    memory,
+    models,
+    pairs,
+    problems,
+    rollout,
+    rollout_log,
+    sandbox,
+)
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Grade, Pair, Rollout, Task
 from projected_grpo.detectors import Detector, detector_for
 from projected_grpo.extract_vhack_grad import HackBasis, PairGrads
+from projected_grpo.loss import LOT_TOKENS
 from projected_grpo.rollout import Policy
 from projected_grpo.runs import Checkpoint
 
@@ -222,10 +234,11 @@ def directions_for(
     theirs = grads_of(model, knobs, tokenizer, other, cfg) if other is not None else None
     used = vhack.basis_of(arm.basis, real, own, theirs, cfg.vhack, cfg.seed)
     d = watch = None
+    lot = cfg.rl.micro_batch, cfg.rl.lot_tokens or LOT_TOKENS
     with knobs.using("deployed"):
-        states = detectors.of_pairs(model, tokenizer, chosen, detectors.readings_of(arm), cfg.rl.micro_batch)
+        states = detectors.of_pairs(model, tokenizer, chosen, detectors.readings_of(arm), *lot)
         if watch_pairs:
-            read = detectors.of_pairs(model, tokenizer, watch_pairs, [detectors.HELD_OUT], cfg.rl.micro_batch)
+            read = detectors.of_pairs(model, tokenizer, watch_pairs, [detectors.HELD_OUT], *lot)
             watch = detectors.linear_detector(*read[detectors.HELD_OUT], cfg.vhack)
     if detectors.LAST in states:
         d = detectors.direction(*states[detectors.LAST])

@@ -90,7 +90,8 @@ def one_step(
     whole, own = ranks.whole(batch), ranks.own(len(batch.rewards))
 
     # --- shape: rewards -> advantages A, changed first as the arm's reward rule says     arms
-    states = detectors.pooled(x.model, batch.ids, batch.mask, readings(arm, V), cfg.rl.micro_batch)
+    lot = cfg.rl.micro_batch, cfg.rl.lot_tokens or loss.LOT_TOKENS
+    states = detectors.pooled(x.model, batch.ids, batch.mask, readings(arm, V), *lot, agree=ranks.agree)
     last = ranks.rows(states[detectors.LAST]) if detectors.LAST in states else None
     A = arms.shaped(whole, arm, last, V.d, cfg.arm, cfg.rl.group, seeded("cpu", cfg.seed, step, "monitor"))
     masked = whole.truncated & cfg.rl.mask_truncated
