@@ -13,18 +13,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import (
-    antipasto,
-    arms,
-    detectors,
-    memory,
-    models,
-    pairs,
-    problems,
-    rollout,
-    rollout_log,
-    sandbox,
-)
+from projected_grpo import antipasto, arms, detectors, memory, models, pairs, problems, rollout, rollout_log, sandbox
 from projected_grpo import extract_vhack_grad as vhack
 from projected_grpo.antipasto import Knobs
 from projected_grpo.config import Config, UserError
