@@ -355,7 +355,7 @@ def cross(ax: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> lis
 
 OFFSETS = [(11, 0, "left"), (-11, 0, "right"), (6, 11, "left"), (6, -11, "left"), (-6, 11, "right"), (-6, -11, "right"),
            (0, 15, "center"), (0, -15, "center"), (10, 21, "left"), (10, -21, "left"), (-10, 21, "right"),
-           (14, 32, "left"), (14, -32, "left")]  # fmt: skip
+           (14, 32, "left"), (14, -32, "left"), (18, 46, "left"), (18, -46, "left"), (22, -60, "left")]  # fmt: skip
 
 
 def place(
@@ -363,12 +363,13 @@ def place(
     names: Sequence[tuple[str, tuple[float, float], str]],
     bars: Sequence[Bar],
 ) -> None:
-    """Names beside their points, each where it overlaps points, bars and names already placed the least."""
+    """Names beside their points, each where it overlaps points, bars and what is written already the least."""
     scale = ax.figure.dpi / 72
     size = ax.xaxis.label.get_size() * scale
     ax.figure.canvas.draw()
     frame, at = ax.get_window_extent(), [ax.transData.transform(p) for _, p, _ in names]
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    taken += [tuple(text.get_window_extent().extents) for text in ax.texts]  # what the landmarks say
     for ends in bars:
         (x0, y0), (x1, y1) = ax.transData.transform(ends)
         taken.append((x0 - 2, y0 - 2, x1 + 2, y1 + 2))
