@@ -306,6 +306,22 @@ def test_greedy_completions_are_our_own_samplers(cache):
     assert len(sample.llm.prefix) == len(PROMPTS)
 
 
+def test_an_engine_that_kept_other_weights_is_an_error(cache, monkeypatch):
+    """Held to our own greedy tokens after each push, and after nothing else."""
+    model, knobs, sample = beside(tiny_model(torch.float32), cache)
+    sample.own = partial(rollout.sample, model)
+    how = Sampling(12, (1,), 0)
+    sample(PROMPTS, 1, how, torch.Generator())
+    assert len(sample.llm.asked) == 1  # nothing was pushed
+    moved(knobs, 0.5)
+    sample(PROMPTS, 1, how, torch.Generator())
+    assert [s.temperature for s in sample.llm.asked] == [1.0, 0.0, 1.0]
+    monkeypatch.setattr(EngineModel, "load_weights", lambda self, weights: set())
+    moved(knobs, 3.0)
+    with pytest.raises(FloatingPointError, match="its weights are not the model's"):
+        sample(PROMPTS, 1, how, torch.Generator())
+
+
 def test_a_prefix_cache_that_stays_is_an_error(cache, monkeypatch):
     _, _, sample = beside(tiny_model(torch.float32), cache)
     monkeypatch.setattr(sample.llm, "reset_prefix_cache", lambda: False)
@@ -341,7 +357,13 @@ def test_a_run_and_one_that_goes_on_with_it(tmp_path, monkeypatch, vllm):
     """
     vllm.LLM, engines = started()
     monkeypatch.setattr(vllm_sampling, "refuse", lambda cfg: None)
-    monkeypatch.setattr(rollout, "decode", None)
+    decode = rollout.decode
+
+    def held_to_it(model, prompts, asked, most, how, dice):
+        assert how.temperature == 0  # of our own sampler nothing but what the engine is compared with
+        return decode(model, prompts, asked, most, how, dice)
+
+    monkeypatch.setattr(rollout, "decode", held_to_it)
     argv = [*SMALL, "--sampler=vllm", f"--outputs={tmp_path}"]
     whole = train.train(parse([*argv, "--name=whole"]))
     assert (engines[0].share, engines[0].longest) == (0.25, 256 + 48)

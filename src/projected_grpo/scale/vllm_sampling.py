@@ -10,6 +10,7 @@ What is said of vLLM here was read in the source of 0.30.0. None of it has been 
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import models
+from projected_grpo import models, rollout
 from projected_grpo.antipasto import Knobs, alike
 from projected_grpo.config import Config, UserError
 from projected_grpo.data_types import Completion, Sampling
@@ -27,6 +28,10 @@ HOTTEST = 2.0
 """vLLM's highest temperature."""
 BATCHED_TOKENS = 4096
 """Tokens that the engine reads at once. Its own default is larger, and it sets memory aside for them."""
+COMPARED = 4, 32
+"""Prompts, and greedy tokens of each, that both samplers write after a push."""
+ALIKE = 0.5
+"""Share of those that has to agree: rounding parts a row at a tie, now and then; other weights part it at once."""
 
 
 def refuse(cfg: Config) -> None:
@@ -90,7 +95,8 @@ def load(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 class VllmSampler:
     """``rollout.sample`` by vLLM. ``llm``: its ``LLM``; ``held``: the gains (r,) in its copy of each adapted Linear,
-    None where that is the base's weight. names: ``models.checkpoint_names``.
+    None where that is the base's weight. names: ``models.checkpoint_names``. own: our own
+    sampler on the training model, which the engine is held to after every push; None for no such check.
 
     One request a completion. vLLM draws from the process's global generators, which nothing here draws from, and a call
     seeds them from its generator: its tokens are a function of the weights, the prompts and the generator as far as
@@ -98,8 +104,8 @@ class VllmSampler:
     moves their last bits.
     """
 
-    def __init__(self, llm: Any, knobs: Knobs, names: Callable[[str], str]) -> None:
-        self.llm, self.knobs, self.names = llm, knobs, names
+    def __init__(self, llm: Any, knobs: Knobs, names: Callable[[str], str], own: rollout.Sampler | None = None) -> None:
+        self.llm, self.knobs, self.names, self.own = llm, knobs, names, own
         self.held: dict[str, Tensor | None] = dict.fromkeys(knobs.modules)
 
     def push(self) -> list[str]:
@@ -116,16 +122,32 @@ class VllmSampler:
     ) -> list[Completion]:
         """As ``rollout.sample`` returns them. how.pad is not needed: rows do not wait for one another.
 
-        Raises FloatingPointError where a log-prob is no number.
+        Raises FloatingPointError where a log-prob is no number, and where the engine writes what the model does not.
         """
+        if self.push() and self.own is not None:
+            self.compare(prompts[: COMPARED[0]], how)
+        seed = torch.randint(1 << 62, (), generator=generator, device=generator.device)
+        return self.write(prompts, n, how, int(seed))
+
+    def compare(self, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
+        """Hold the engine to our own sampler: the share of greedy tokens before a row's first difference."""
+        quiet = replace(how, max_new=min(COMPARED[1], how.max_new), temperature=0.0, top_p=1.0)
+        ours, theirs = self.own(prompts, 1, quiet, torch.Generator()), self.write(prompts, 1, quiet, 0)
+        pairs = [[a == b for a, b in zip(o.ids, t.ids, strict=False)] for o, t in zip(ours, theirs, strict=True)]
+        same = sum([*row, False].index(False) for row in pairs) / sum(len(o.ids) for o in ours)
+        if same < ALIKE:
+            raise FloatingPointError(f"vLLM writes {same:.0%} of our greedy tokens: its weights are not the model's")
+        logger.debug("vLLM writes {:.0%} of our greedy tokens", same)
+
+    def write(self, prompts: Sequence[Sequence[int]], n: int, how: Sampling, seed: int) -> list[Completion]:
+        """n completions of each prompt by the engine as it is."""
         from vllm import SamplingParams
 
-        self.push()
         # at every call, not only after a push: what an earlier call left there must not move a bit of this one
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not give up its prefix cache, which other weights have made")
         rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
-        torch.manual_seed(int(torch.randint(1 << 62, (), generator=generator, device=generator.device)))
+        torch.manual_seed(seed)
         # ignore_eos, as vLLM would also end at whatever the model's generation_config.json names; ours is in the output
         settings = {"max_tokens": how.max_new, "stop_token_ids": list(how.eos), "ignore_eos": True, "detokenize": False}
         settings |= {"temperature": how.temperature, "top_p": how.top_p, "logprobs": 0}  # 0: of the drawn token alone
@@ -135,7 +157,8 @@ class VllmSampler:
 
 def sampler(model: nn.Module, knobs: Knobs, cfg: Config) -> VllmSampler:
     """An engine beside the model, as a sampler. Raises UserError when it does not start."""
-    return VllmSampler(engine(model, cfg), knobs, models.checkpoint_names(cfg.model))
+    own = partial(rollout.sample, model, rows=cfg.model.sample_rows)
+    return VllmSampler(engine(model, cfg), knobs, models.checkpoint_names(cfg.model), own)
 
 
 def completion(output: Any) -> Completion:
