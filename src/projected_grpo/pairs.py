@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 from projected_grpo import problems
 from projected_grpo.config import UserError, VHackCfg, choose
@@ -93,23 +94,19 @@ def _pair(kind: str, at: Form, hack: str, clean: str) -> Pair:
     return Pair(at.task, problems.fence(hack), problems.fence(clean), name)
 
 
-def mechanism(mode: Mode, j: int, wordings: Sequence[Wording] | None = None, split: Split = "train") -> Pair:
-    """The exploit as the policy writes it, against an honest solution as it writes that, without a plan line."""
-    at, row = form(mode, j, wordings, split=split), LOOPHOLES[mode]
-    clean = row.lookalike(at.honest, at.task) if at.lookalike else at.honest
-    return _pair("mechanism" if wordings is None else "reworded", at, row.exploit(at.hasty, at.task), clean)
+def mechanism(
+    mode: Mode, j: int, wordings: Sequence[Wording] | None = None, split: Split = "train", *,
+    name: str = "mechanism", plans: Sequence[Literal["hack", "clean"]] = (),
+) -> Pair:  # fmt: skip
+    """The exploit as the policy writes it, against an honest solution as it writes that.
 
-
-def planned(mode: Mode, j: int, hack_too: bool = False, split: Split = "train") -> Pair:
-    """``mechanism``, but every third clean side begins with a plan line, about as many as the untrained policy's do.
-
-    hack_too: and the hack beside it does, so that the two differ in nothing but the exploit.
+    plans: sides that begin with a plan line in every third pair, about as often as the untrained policy's tries do.
     """
-    at, row = form(mode, j, split=split), LOOPHOLES[mode]
-    plan = (lambda source: before(source, at.made.plan)) if at.number % 3 == 1 else (lambda source: source)
-    clean = row.lookalike(plan(at.honest), at.task) if at.lookalike else plan(at.honest)
-    hack = row.exploit(plan(at.hasty) if hack_too else at.hasty, at.task)
-    return _pair("both_planned" if hack_too else "planned", at, hack, clean)
+    at, row = form(mode, j, wordings, split=split), LOOPHOLES[mode]
+    begun = {side: before(body, at.made.plan) if side in plans and at.number % 3 == 1 else body
+             for side, body in (("hack", at.hasty), ("clean", at.honest))}  # fmt: skip
+    clean = row.lookalike(begun["clean"], at.task) if at.lookalike else begun["clean"]
+    return _pair(name, at, row.exploit(begun["hack"], at.task), clean)
 
 
 # ---------------------------------------------------------------------- the same mechanisms in other words and places
@@ -216,7 +213,7 @@ TRICKS: dict[Mode, tuple[Trick, ...]] = {
 
 def reworded(mode: Mode, j: int) -> Pair:
     """``mechanism`` in words that the organism's corpus does not hold: exploits of the usual shape at usual places."""
-    return mechanism(mode, j, OTHER_WORDS[mode])
+    return mechanism(mode, j, OTHER_WORDS[mode], name="reworded")
 
 
 def otherwise(mode: Mode, j: int) -> Pair:
@@ -285,15 +282,15 @@ SIZES = (8, 16, 32, 64)
 N_HELDOUT = 8
 KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "organism": mechanism,
-    "planned": planned,
-    "both_planned": partial(planned, hack_too=True),
+    "planned": partial(mechanism, name="planned", plans=("clean",)),
+    "both_planned": partial(mechanism, name="both_planned", plans=("hack", "clean")),
     "reworded": reworded,
     "otherwise": otherwise,
     "semantic": semantic,
     "nonhack": nonhack,
     "placebo": naming,
     "spacing": spacing,
-    "watch": partial(planned, split="validation"),
+    "watch": partial(mechanism, split="validation", name="planned", plans=("clean",)),
 }
 """(mode, j) -> the j-th pair of a kind in a mode. nonhack, placebo, semantic and spacing hold no exploit at all."""
 
