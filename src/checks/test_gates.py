@@ -163,6 +163,17 @@ def test_gradient_detector_flags_hack_sides_and_a_random_v_does_not():
     assert max(false) < 0.25
 
 
+def test_an_orthogonal_probe_does_not_tell_the_pairs_sides_apart():
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, w = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in ((48, 8), (48, 8), (8,)))
+    hack = clean + 3 * torch.eye(8, dtype=torch.float64)[0] + 0.1 * noise
+    d = detectors.orthogonal(w / w.norm(), detectors.direction(hack, clean))
+    assert d.norm() == pytest.approx(1)
+    assert float((hack @ d).mean()) == pytest.approx(float((clean @ d).mean()))
+    left = w - d * (w @ d)  # what was taken off lies along the difference alone
+    assert abs(torch.cosine_similarity(left, detectors.direction(hack, clean), dim=0)) == pytest.approx(1)
+
+
 def test_shuffled_pairs_swap_exactly_half():
     pairs = some_pairs(12)
     mixed = vhack.shuffled(pairs, 5)

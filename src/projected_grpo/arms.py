@@ -15,7 +15,7 @@ from torch import Tensor
 from projected_grpo.config import ArmCfg, choose
 from projected_grpo.data_types import Factors, GradedBatch, Rollout
 
-Basis = Literal["hack", "random", "shuffled", "nonhack", "placebo"]
+Basis = Literal["hack", "random", "orthogonal", "shuffled", "nonhack", "placebo"]
 Act = Literal["measure", "erase", "erase_mass", "route", "shrink"]
 Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count"]
 Score = Literal["gradient", "activation"]
@@ -122,6 +122,10 @@ METHODS: dict[str, Arm] = {
     "gate_act_punish_shuffled": Arm(
         "as gate_act_punish, labels of half of the pairs swapped", CONTROL, "no less hack than none", "shuffled",
         rows="punish", score="activation",
+    ),
+    "gate_act_punish_orthogonal": Arm(
+        "as gate_act_punish_random, without that direction's part along mean hack − mean clean", CONTROL,
+        "no less hack than none", "orthogonal", rows="punish", score="activation",
     ),
     "gate_act_punish_coin": Arm(
         "as many rollouts count as reward 0 as gate_act_punish's score would flag, at random", CONTROL,

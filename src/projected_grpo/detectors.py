@@ -102,6 +102,12 @@ def random_direction(like: Float[Tensor, " d"], seed: int) -> Float[Tensor, " d"
     return d / d.norm()
 
 
+def orthogonal(d: Float[Tensor, " d"], to: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """d without its part along the unit vector ``to``, normalised."""
+    d = d - (d @ to) * to
+    return d / d.norm()
+
+
 # ------------------------------------------------------------------------------------------------- scores, thresholds
 
 
@@ -203,9 +209,11 @@ def detector_for(
         fitted = replace(cfg.vhack, n_heldout=0)
         return gradient_detector(own, lambda g: vhack.sliced(vhack.fit_basis(g, fitted), fitted), cfg.vhack)
     hack, clean = states
-    if arm.basis == "random":
+    if arm.basis in ("random", "orthogonal"):
         w = random_direction(hack[0], cfg.seed)
-        return linear_detector(hack, clean, cfg.vhack, lambda h, c: w)
+        return linear_detector(
+            hack, clean, cfg.vhack, lambda h, c: orthogonal(w, direction(h, c)) if arm.basis == "orthogonal" else w
+        )
     if arm.basis == "shuffled":
         hack, clean = vhack.swapped(hack, clean, cfg.seed)
     return linear_detector(hack, clean, cfg.vhack)

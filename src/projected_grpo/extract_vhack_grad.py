@@ -332,7 +332,7 @@ def basis_of(
     match kind:
         case "hack":
             return real
-        case "random":
+        case "random" | "orthogonal":  # which differ for a probe alone
             return random_basis(real, seed)
         case "shuffled":
             return matched(fit_basis(shuffled(own, seed), cfg), real)

@@ -46,8 +46,8 @@ BEST = "gate_act_punish sd .5"
 """The arm that exploration left as the best candidate, its threshold chosen on seeds of no study (docs/spec.md)."""
 TWIN = "gate_act_punish_random sd .5"
 LOW = ("--threshold-sd=0.5",)
-LONG, LONGEST = ("--steps=450",), ("--steps=500",)
-"""Three times the preset's horizon, and 500 steps."""
+LONG = ("--steps=500",)
+"""Over three times the preset's horizon."""
 ARM_OF = {BEST: ("gate_act_punish", LOW), TWIN: ("gate_act_punish_random", LOW)}
 
 
@@ -71,15 +71,15 @@ ROWS: dict[str, Row] = {
             "route", "random_V_route", "gate_drop", "gate_random", "gate_act", "gate_act_random", "rebound_mul",
             "rebound_mul_random", "penalty", "screening", "shuffled_V", "nonhack_V", "placebo_V", "random_V_mass",
             "shrink", "coinflip", "gate_coin")),
-        *(Row(f"{arm} sd .5", arm, LOW) for arm in ("gate_act_punish_shuffled", "gate_act_punish_coin")),
+        *(Row(f"{arm} sd .5", arm, LOW) for arm in (
+            "gate_act_punish_orthogonal", "gate_act_punish_shuffled", "gate_act_punish_coin")),
         Row("no loophole", "none", ("--modes", "gt_only", "--eval-modes", *MODES)),
         *(row(label, f"out {mode}", *known(*others(mode))) for mode in MODES for label in FOLDS),
         *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=5) for mode in MODES for label in (BEST, TWIN)),
         *(row(label, "worded otherwise", "--pairs=otherwise64") for label in ("erase", BEST)),
         *(row(label, "without plans", "--pairs=organism64") for label in ("erase", BEST, TWIN)),
         *(row(label, "plans on both sides", "--pairs=both_planned64") for label in ("erase", BEST)),
-        *(row(label, "3x", *LONG) for label in HORIZON),
-        *(row(label, "500", *LONGEST) for label in ("none", "honest", BEST)),
+        *(row(label, "500", *LONG) for label in HORIZON),
         *(row(x, f"only {mode}", *known(mode), "--pairs=planned16") for x in ("erase", BEST) for mode in MODES),
         *(row(label, "16 of all modes", "--pairs=planned16") for label in ("erase", BEST)),
         *(row(label, "mix .125", "--mix-ratio=0.125", POOL) for label in ("none", "erase", BEST)),
@@ -106,7 +106,7 @@ STUDY_ROWS = (
         "controls", "no control basis, no smaller step and no random choice of rollouts does what the pairs do",
         "a real effect has to beat all of them", "which part of an arm's effect is the direction",
         ("none", "honest", "shuffled_V", "nonhack_V", "placebo_V", "random_V_mass", "shrink", "coinflip", "gate_coin",
-         "gate_act_punish_shuffled sd .5", "gate_act_punish_coin sd .5"), 3,
+         "gate_act_punish_orthogonal sd .5", "gate_act_punish_shuffled sd .5", "gate_act_punish_coin sd .5"), 3,
     ),
     StudyRow(
         "leave_one_out", "an arm whose pairs know three modes lowers hack on the fourth as on the three",
@@ -119,8 +119,8 @@ STUDY_ROWS = (
         "whether an arm rests on it", ("none", "honest", "erase", BEST, *labels("plans", "sides", "worded otherwise")),
     ),
     StudyRow(
-        "horizon", "what an arm prevents at the preset's horizon it has only delayed at three times that",
-        "prevention or delay", "onset and endpoint; whether the policy evades or hides", labels(" 3x", " 500"), 3,
+        "horizon", "what an arm prevents at the preset's horizon it has only delayed at over three times that",
+        "prevention or delay", "onset and endpoint; whether the policy evades or hides", labels(" 500"), 3,
     ),
     StudyRow(
         "matrix", "pairs of one mode lower hack on modes whose exploit stands at a like place",
