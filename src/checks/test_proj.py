@@ -54,6 +54,23 @@ def test_split_identities(k, r, seed, gate):
         torch.testing.assert_close(kept.norm(), g.norm())
 
 
+def test_a_one_sided_gate_makes_a_drift_of_noise_and_a_two_sided_one_does_not():
+    """Descending n draws of N(0, 1) noise, an axis moves by n E[relu(z)] = n/√(2π) against V: other axes by √n."""
+    n, r, k = 400, 40, 3
+    V = {"a": basis(k, r).V["a"]}
+    noise = torch.randn(n, r, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = lambda gate: {"a": -sum(proj.split(g, V["a"], gate)[0] for g in noise)}
+    one, two, none = moved("one_sided"), moved("no_gate"), {"a": -noise.sum(0)}
+    torch.testing.assert_close(
+        V["a"] @ one["a"], torch.full((k,), n / (2 * torch.pi) ** 0.5).double(), rtol=0.15, atol=0
+    )
+    expected = (k * n / (2 * torch.pi) / (k * n / (2 * torch.pi) + r - k)) ** 0.5
+    assert proj.share(one, V) == pytest.approx(expected, rel=0.05)
+    assert proj.share(one, V) > 3 * proj.null_share(one, V)
+    assert proj.share(none, V) < 1.7 * proj.null_share(none, V)
+    assert proj.share(two, V) < 1e-9
+
+
 def rows(b: int = 6, r: int = 8, seed: int = 3):
     generator = torch.Generator().manual_seed(seed)
     G = {m: torch.randn(b, r, generator=generator, dtype=torch.float64) for m in ("a", "b", "c")}

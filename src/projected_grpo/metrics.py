@@ -63,6 +63,8 @@ class StepRow:
     kl: float | None = column("mean K3 KL a token to the base; None at beta 0")
     n_zero_var: int = column("groups whose rewards are all alike, which give no gradient", "flat", "d")
     norm_delta: float = column("norm of what is trained", "‖δS‖", ".1f")
+    against: float | None = column("‖relu(V δS)‖/‖δS‖, share of what is trained that lies against the hack")
+    against_null: float | None = column("what it would be for a random V")
     norm_delta_hack: float = column("norm of the quarantine δS_hack", None, ".1f")
     moved: float = column("share of knobs that this step changed")
     lr: float = column("learning rate", None, ".2e")
@@ -158,6 +160,7 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
     student = [r for r in x.batch.rollouts if r.source == "student"]
     teacher = [r for r in x.batch.rollouts if r.source == "teacher"]
     moved = torch.cat([d != 0 for d in x.update.descent.values()])
+    delta = {m: d.detach() for m, d in knobs.delta.items()}
     return StepRow(
         step=step,
         reward=sum(r.grade.reward for r in student) / len(student),
@@ -179,7 +182,9 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
         loss=x.grads.loss,
         kl=x.grads.kl,
         n_zero_var=x.n_zero_var,
-        norm_delta=proj.total_norm(knobs.delta),
+        norm_delta=proj.total_norm(delta),
+        against=proj.share(delta, V.V),
+        against_null=proj.null_share(delta, V.V),
         norm_delta_hack=proj.total_norm(knobs.delta_hack),
         moved=float(moved.double().mean()),
         lr=x.update.lr,
