@@ -31,11 +31,15 @@ def test_split_by_hand():
     assert removed.tolist() == [3, 0, 0]
     assert proj.split(g, V, "no_gate")[0].tolist() == [0, 0, 5]
     assert proj.split(g, V, "reverse")[0].tolist() == [-3, 2, 5]
+    assert proj.split(g, V, "unsigned")[0].tolist() == [-1.5, -1, 5]
     assert proj.split(g, V, overshoot=2.0)[0].tolist() == [-3, -2, 5]
 
 
 @given(
-    st.integers(1, 4), st.integers(4, 12), st.integers(0, 10_000), st.sampled_from(["one_sided", "no_gate", "reverse"])
+    st.integers(1, 4),
+    st.integers(4, 12),
+    st.integers(0, 10_000),
+    st.sampled_from(["one_sided", "no_gate", "reverse", "unsigned"]),
 )
 def test_split_identities(k, r, seed, gate):
     V = basis(k, r, seed).V["a"]
@@ -49,6 +53,8 @@ def test_split_identities(k, r, seed, gate):
         torch.testing.assert_close(c_kept, c.clamp(max=0), rtol=1e-9, atol=1e-9)
     elif gate == "no_gate":
         assert c_kept.abs().max() < 1e-9
+    elif gate == "unsigned":
+        torch.testing.assert_close(c_kept, -c.abs() / 2)
     else:
         torch.testing.assert_close(c_kept, -c)
         torch.testing.assert_close(kept.norm(), g.norm())
@@ -60,7 +66,7 @@ def test_a_one_sided_gate_makes_a_drift_of_noise_and_a_two_sided_one_does_not():
     V = {"a": basis(k, r).V["a"]}
     noise = torch.randn(n, r, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = lambda gate: {"a": -sum(proj.split(g, V["a"], gate)[0] for g in noise)}
-    one, two, none = moved("one_sided"), moved("no_gate"), {"a": -noise.sum(0)}
+    one, two, unsigned, none = moved("one_sided"), moved("no_gate"), moved("unsigned"), {"a": -noise.sum(0)}
     torch.testing.assert_close(
         V["a"] @ one["a"], torch.full((k,), n / (2 * torch.pi) ** 0.5).double(), rtol=0.15, atol=0
     )
@@ -69,6 +75,7 @@ def test_a_one_sided_gate_makes_a_drift_of_noise_and_a_two_sided_one_does_not():
     assert proj.share(one, V) > 3 * proj.null_share(one, V)
     assert proj.share(none, V) < 1.7 * proj.null_share(none, V)
     assert proj.share(two, V) < 1e-9
+    torch.testing.assert_close(V["a"] @ unsigned["a"], V["a"] @ one["a"], rtol=0.15, atol=0)
 
 
 def rows(b: int = 6, r: int = 8, seed: int = 3):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from projected_grpo.data_types import Mode
 
-Gate = Literal["one_sided", "no_gate", "reverse"]
+Gate = Literal["one_sided", "no_gate", "reverse", "unsigned"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class VHackCfg:
     refresh_every: Natural = 10
     """Extract V again every n steps, quarantine ablated; 0 keeps the first."""
     gate: Gate = "one_sided"
-    """one_sided removes only hack-ward parts, no_gate both signs, reverse mirrors."""
+    """one_sided removes only hack-ward parts, no_gate both signs, reverse mirrors; unsigned steps against the hack by
+    half the part's size, whatever its sign: what one_sided does on the average of pure noise."""
     overshoot: NotNegative = 1.0
     """Factor on what is removed."""
     preserve_magnitude: bool = False

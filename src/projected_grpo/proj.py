@@ -16,11 +16,11 @@ def split(
     """g = kept + removed, removed ∈ span(V).
 
     c = V g ∈ ℝᵏ; c_i > 0 means that descending g moves hack-ward along axis i (V is oriented so).
-    one_sided: removed = relu(c) V    no_gate: c V    reverse: 2 c V    each times overshoot.
+    one_sided: removed = relu(c) V    no_gate: c V    reverse: 2 c V    unsigned: (c + |c|/2) V    each times overshoot.
     After one_sided, relu(V kept) = 0 by construction: that is an identity, not evidence.
     """
     c = V @ g
-    used = {"one_sided": c.clamp(min=0), "no_gate": c, "reverse": 2 * c}[gate]
+    used = {"one_sided": c.clamp(min=0), "no_gate": c, "reverse": 2 * c, "unsigned": c + c.abs() / 2}[gate]
     removed = overshoot * used @ V
     return g - removed, removed
 

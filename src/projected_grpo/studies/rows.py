@@ -73,6 +73,8 @@ ROWS: dict[str, Row] = {
             "shrink", "coinflip", "gate_coin")),
         *(Row(f"{arm} sd .5", arm, LOW) for arm in (
             "gate_act_punish_orthogonal", "gate_act_punish_shuffled", "gate_act_punish_coin")),
+        *(row(label, "both signs", "--gate=no_gate") for label in ("erase", "random_V")),
+        row("erase", "unsigned", "--gate=unsigned"),
         Row("no loophole", "none", ("--modes", "gt_only", "--eval-modes", *MODES)),
         *(row(label, f"out {mode}", *known(*others(mode))) for mode in MODES for label in FOLDS),
         *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=5) for mode in MODES for label in (BEST, TWIN)),
@@ -105,8 +107,9 @@ STUDY_ROWS = (
     StudyRow(
         "controls", "no control basis, no smaller step and no random choice of rollouts does what the pairs do",
         "a real effect has to beat all of them", "which part of an arm's effect is the direction",
-        ("none", "honest", "shuffled_V", "nonhack_V", "placebo_V", "random_V_mass", "shrink", "coinflip", "gate_coin",
-         "gate_act_punish_orthogonal sd .5", "gate_act_punish_shuffled sd .5", "gate_act_punish_coin sd .5"), 3,
+        ("none", "honest", "erase", "random_V", *labels(" both signs", " unsigned"), "shuffled_V", "nonhack_V",
+         "placebo_V", "random_V_mass", "shrink", "coinflip", "gate_coin", "gate_act_punish_orthogonal sd .5",
+         "gate_act_punish_shuffled sd .5", "gate_act_punish_coin sd .5"), 3,
     ),
     StudyRow(
         "leave_one_out", "an arm whose pairs know three modes lowers hack on the fourth as on the three",
