@@ -122,11 +122,11 @@ def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> 
     for label, what in spec["rows"].items():
         found = [(measure, number(a, label, measure)) for measure in spec["columns"].values()]
         if any(x for _, x in found):
-            shown = a.labels[label].shown if label in a.labels else label
-            rows.append((shown, *((x if " under " in m else x.mean) if x else None for m, x in found), what or None))
+            shown, n = a.labels[label].shown if label in a.labels else label, len(a.level(label, "deploy_hack"))
+            rows.append((shown, n, *((x if " under " in m else x.mean) if x else None for m, x in found), what or None))
         elif label not in planned:
             raise UserError(f"table {name}: study {study} has no label {label!r}")
-    table = tables.made("", ("arm", *spec["columns"], "what it is"), rows)
+    table = tables.made("", ("arm", "seeds", *spec["columns"], "what it is"), rows)
     return tables.grid(table) if table else f"TODO: none of these rows is run yet (`just study {study}`)."
 
 

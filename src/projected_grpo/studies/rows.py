@@ -107,7 +107,7 @@ STUDY_ROWS = (
     StudyRow(
         "controls", "no control basis, no smaller step and no random choice of rollouts does what the pairs do",
         "a real effect has to beat all of them", "which part of an arm's effect is the direction",
-        ("none", "honest", "erase", "random_V", *labels(" both signs", " unsigned"), "shuffled_V", "nonhack_V",
+        (*TEN, *labels(" both signs", " unsigned"), "shuffled_V", "nonhack_V",
          "placebo_V", "random_V_mass", "shrink", "coinflip", "gate_coin", "gate_act_punish_orthogonal sd .5",
          "gate_act_punish_shuffled sd .5", "gate_act_punish_coin sd .5"), 3,
     ),
