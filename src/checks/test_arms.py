@@ -5,18 +5,20 @@ module and one in the second. The longhand version uses Python floats and the ar
 """
 
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks_worker
 import torch
+from ranks_worker import CFG
 
-from projected_grpo import arms, data_types, prepare, proj
+from projected_grpo import arms, data_types, loss, proj
+from projected_grpo.antipasto import Knobs
 from projected_grpo.arms import ARMS, Arm
-from projected_grpo.config import PRESETS, UserError, VHackCfg
+from projected_grpo.config import PRESETS, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.train import apply_step, make_optimizer
+from projected_grpo.train import apply_step, make_optimizer, one_step
 
 WIDTHS = {"a": 4, "b": 3}
 REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)
@@ -123,18 +125,43 @@ def test_rows_are_complete_and_controls_exist(name):
         assert (control.act, control.rows, control.reward) == (arm.act, arm.rows, arm.reward) or name == "gate_act"
 
 
-@pytest.mark.parametrize("name", list(ARMS))
-def test_a_rule_that_makes_advantages_anew_is_refused_beside_a_kl(name, tmp_path):
-    """Its rows' gradients are multiplied by the new advantage, and a KL term among them would be as well. What a rule
-    does says whether it is one, not the list that it ought to be on.
+@pytest.mark.parametrize("name", ["none", "gate_drop", "gate_act_punish", "gate_act_screen"])
+def test_a_step_with_a_kl_multiplies_the_policys_term_alone(name, cache, monkeypatch):
+    """What δS descends is autograd's gradient of −Σ w_i Σ_t log π + β Σ K3 over student rows, w the advantages after
+    the arm's rule; scores are those of a step without a KL; and the base's log-probs come from one pass over all lots.
     """
-    seen = arms.Seen(A, REWARDS, FLAGGED, 2, torch.Generator().manual_seed(0))
-    anew = not set(arms.RULES[ARMS[name].rows](seen).tolist()) <= {0.0, 1.0}
-    cfg = replace(PRESETS["smoke"][1], intervention=name, outputs=str(tmp_path))
-    prepare.check(cfg)
-    cfg = replace(cfg, rl=replace(cfg.rl, beta=PRESETS["full"][1].rl.beta))
-    with pytest.raises(UserError, match=f"^{name} makes .* needs --beta=0$") if anew else nullcontext():
-        prepare.check(cfg)
+    arm, of_base = ARMS[name], []
+    plain = replace(CFG, rl=replace(CFG.rl, importance_cap=None))
+    cfg = replace(plain, rl=replace(plain.rl, beta=0.3))
+    b = ranks_worker.batch(ranks_worker.rollouts(), slice(0, 16))
+
+    def step(cfg):
+        x = ranks_worker.experiment(cache, arm)
+        return x, one_step(
+            x, arm, lambda: b, lambda p: apply_step(x.knobs, p, make_optimizer(x.knobs, cfg), 1.0), cfg, 0
+        )
+
+    _, without = step(plain)
+    using = Knobs.using
+    monkeypatch.setattr(Knobs, "using", lambda knobs, use: of_base.append(use) or using(knobs, use))
+    _, made = step(cfg)
+    assert of_base == ["base"]
+    assert len(loss.lots(b.mask, torch.arange(16), cfg.rl.micro_batch)) > 2
+    x = ranks_worker.experiment(cache, arm)
+    with torch.no_grad(), using(x.knobs, "base"):
+        reference = loss.token_logprobs(x.model, b.ids, b.mask)
+    w = made.factors.keep * (1 if arm.rows in arms.UNIT else made.A) * ~made.masked
+    assert w.unique().numel() > 2
+    row = b.mask.nonzero()[:, 0]
+    with x.knobs.row_gradients(16) as eps:
+        logp = loss.token_logprobs(x.model, b.ids, b.mask)
+        d, in_kl = reference - logp, (b.is_student & ~made.masked)[row]
+        (-(w[row] * logp).sum() + 0.3 * ((d.exp() - d - 1) * in_kl).sum()).div(cfg.loss_denominator).backward()
+        for m, e in eps.items():
+            torch.testing.assert_close(made.projection.kept[m], e.grad.sum(0), rtol=1e-5, atol=1e-9)
+            assert not torch.allclose(without.projection.kept[m], e.grad.sum(0))
+    torch.testing.assert_close(made.scores, without.scores)
+    torch.testing.assert_close(made.acting, without.acting)
 
 
 def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():

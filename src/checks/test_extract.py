@@ -122,6 +122,20 @@ def test_the_lots_of_the_config_are_those_of_the_extraction(organism, monkeypatc
         torch.testing.assert_close(g, b.hack[m], rtol=1e-3, atol=1e-6)
 
 
+def test_gradients_are_taken_at_the_runs_temperature(organism):
+    """As the policy's own are: of log-probs whose logits were divided by it."""
+    model, tokenizer, knobs, chosen, cfg = organism
+    warm = replace(cfg, rl=replace(cfg.rl, temperature=0.7))
+    ids, mask = vhack.encoded(tokenizer, chosen[:2], model.device)
+    weight = torch.full((4,), 1 / cfg.rl.max_new)
+    with knobs.using("deployed"):
+        expected = loss.row_gradients(model, knobs, ids, mask, weight, temperature=0.7).G
+    got, cold = (vhack.side_gradients(model, knobs, tokenizer, chosen[:2], c) for c in (warm, cfg))
+    for m, g in got.hack.items():
+        torch.testing.assert_close(g, expected[m][:2])
+    assert any(not torch.allclose(g, cold.hack[m], rtol=1e-2) for m, g in got.hack.items())
+
+
 def test_global_noise_floor_and_k_slice():
     S = {"a": torch.tensor([10.0, 5.0, 1.0]), "b": torch.tensor([4.0, 0.5, 0.1]), "c": torch.tensor([0.2, 0.2, 0.2])}
     whole = vhack.HackBasis({m: torch.eye(3) for m in S}, S, {})
@@ -144,6 +158,7 @@ def test_cache_key_follows_every_ingredient(organism):
         vhack.cache_key(knobs, [replace(chosen[0], hack=chosen[0].hack + " "), *chosen[1:]], cfg),
         vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, length_norm="mean"))),
         vhack.cache_key(knobs, chosen, replace(cfg, rl=replace(cfg.rl, max_new=80))),
+        vhack.cache_key(knobs, chosen, replace(cfg, rl=replace(cfg.rl, temperature=0.7))),
     ]
     module = next(iter(knobs.modules.values()))
     for part in (module.U, module.delta):
@@ -154,7 +169,7 @@ def test_cache_key_follows_every_ingredient(organism):
     changed, _ = models.load(ModelCfg())
     next(iter(antipasto.targets(changed).values())).weight.data[0, 0] += 1e-3
     others.append(vhack.cache_key(antipasto.wrap(changed, cfg.cache), chosen, cfg))
-    assert len({key, *others}) == 8
+    assert len({key, *others}) == 9
     assert key == vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, k=4, tau_axis=0.1)))  # fits V
 
 

@@ -82,8 +82,6 @@ def check(cfg: Config) -> None:
         raise UserError("--mix-ratio needs a teacher pool: run `just build-pool`, then give --pool=FOLDER")
     if cfg.rl.group - cfg.n_teacher < 1 or cfg.rl.group < 2:
         raise UserError("a group needs two rollouts at least, one of them the student's: raise --group")
-    if arms.arm(cfg.intervention).rows in arms.UNIT and cfg.rl.beta:
-        raise UserError(f"{cfg.intervention} makes advantages anew, which needs --beta=0")
     known = cfg.vhack.known_modes
     if cfg.vhack.refresh_pairs != "same" and (known is None or not set(known) < set(cfg.data.modes)):
         raise UserError(

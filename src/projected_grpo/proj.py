@@ -80,18 +80,28 @@ def acted(
 
 
 def sums(
-    G: dict[str, Float[Tensor, "b r"]], f: Factors, is_student: Bool[Tensor, " b"]
-) -> dict[str, dict[str, Float[Tensor, " _r"]]]:
+    G: dict[str, Float[Tensor, "b r"]], f: Factors, is_student: Bool[Tensor, " b"],
+    policy: dict[str, Float[Tensor, "b r"]] | None = None,
+) -> dict[str, dict[str, Float[Tensor, " _r"]]]:  # fmt: skip
     """All that a projection reads of the rows, by name and module: whole = Σ_i f.whole_i G_i and its student and
     teacher parts, keep = Σ_i f.keep_i G_i. Linear in the rows: processes that hold different rows add theirs up.
+
+    policy: the rows' gradients without the KL term, where there is one. A factor is an advantage, or says whether a
+    rollout is learned from: it multiplies these, and the KL term G − policy is added as it is.
     """
+    student = is_student.to(f.whole)
     weights = {
-        "whole": f.whole,
-        "keep": f.keep,
-        "student": f.whole * is_student.to(f.whole),
-        "teacher": f.whole * (~is_student).to(f.whole),
+        "whole": (f.whole, torch.ones_like(student)),
+        "keep": (f.keep, torch.ones_like(student)),
+        "student": (f.whole * student, student),
+        "teacher": (f.whole * (1 - student), 1 - student),
     }
-    return {name: {m: w.to(rows) @ rows for m, rows in G.items()} for name, w in weights.items()}
+    if policy is None:
+        return {name: {m: w.to(rows) @ rows for m, rows in G.items()} for name, (w, _) in weights.items()}
+    return {
+        name: {m: w.to(g) @ policy[m] + own.to(g) @ (g - policy[m]) for m, g in G.items()}
+        for name, (w, own) in weights.items()
+    }
 
 
 def decided(s: dict[str, dict[str, Tensor]], V: HackBasis, real: HackBasis, arm: Arm, cfg: VHackCfg) -> Projection:

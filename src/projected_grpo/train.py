@@ -115,7 +115,8 @@ def one_step(
     mine = Factors(f.whole[own], f.keep[own])
 
     # --- project: take the hack-ward part out of their sum, or route it aside            proj
-    p = proj.decided(ranks.total(proj.sums(grads.G, mine, batch.is_student)), V.arm, V.real, arm, cfg.vhack)
+    sums = proj.sums(grads.G, mine, batch.is_student, grads.policy if cfg.rl.beta else None)
+    p = proj.decided(ranks.total(sums), V.arm, V.real, arm, cfg.vhack)
     if p.gn == 0 and n_zero_var < len(A) // cfg.rl.group:
         raise FloatingPointError(f"step {step}: the gradient is all zero though rewards differ within a group")
 
