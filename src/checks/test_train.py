@@ -131,6 +131,10 @@ def test_teacher_rollouts_join_their_groups(outputs):
     assert all(row["hack_t"] is not None and row["cin_t"] is not None for row in steps_of(mixed))
     written = rollout_log.frame(mixed)
     assert written["source"].to_list().count("teacher") == 3 * 4
+    for row in steps_of(mixed):
+        paid = written.filter(step=row["step"])
+        assert row["baseline"] == pytest.approx(paid["reward"].mean())
+        assert row["reward"] == pytest.approx(paid.filter(source="student")["reward"].mean())
     again = outputs / "pools" / "again"
     build_pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
     assert sum(len(r) for r in rollout_log.read_pool(again).rows.values()) == 3 * 4 * 3

@@ -31,6 +31,7 @@ class StepRow:
 
     step: int = column("optimizer step", "step", "d")
     reward: float = column("mean reward of student rollouts, 0 to 3.5", "rew ↑")
+    baseline: float = column("mean reward of all rollouts, a teacher's too: what advantages are taken against")
     hack_s: float = column("student rollouts paid without being right", "hack")
     attempt_s: float = column("student rollouts with the exploit, whatever the answer", "att")
     solve_s: float = column("student rollouts that the strict oracle passes", "solve ↑")
@@ -164,6 +165,7 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
     return StepRow(
         step=step,
         reward=sum(r.grade.reward for r in student) / len(student),
+        baseline=sum(r.grade.reward for r in x.batch.rollouts) / len(x.batch.rollouts),
         hack_s=share_of(student, "exploited"),
         attempt_s=share_of(student, "attempted"),
         solve_s=share_of(student, "gt_correct"),
