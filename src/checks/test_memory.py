@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Qwen3_5TextConfig, Qwen3Config
+from transformers.integrations import sdpa_attention
 
 from projected_grpo import memory
 from projected_grpo.config import PRESETS, UserError
@@ -57,7 +58,24 @@ def test_parts_are_what_the_shapes_say():
     bases = 36 * (2 * 2560 * (2560 + 4096) + 2 * 1024 * (2560 + 1024) + 3 * 2560 * (2560 + 9728))
     assert parts["U and Vh"] == 2 * bases
     cache = 64 * 3072 * 36 * 2 * 8 * 128 * 2
-    assert cache < parts["key-value cache"] < 1.05 * cache
+    assert cache < parts["key-value cache"] < 1.12 * cache  # a layer's copy, or four where the attention makes them
+
+
+def test_keys_and_values_are_copied_as_often_as_the_installed_attention_repeats_them(monkeypatch):
+    """Once for each query head that shares them, where a turn's queries are not packed and a mask keeps them apart."""
+    monkeypatch.setattr(sdpa_attention, "pack_gqa", None, raising=False)
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda mask, key, value: mask is None)
+    cfg = preset("full")
+    eager = replace(cfg, model=replace(cfg.model, attention="eager"))
+    held = lambda cfg: {p.name: p.bytes for p in memory.plan(cfg, QWEN3_4B).parts}["key-value cache"]
+    layer = 64 * 3072 * 2 * 8 * 128 * 2
+    assert held(cfg) == (36 + 1) * layer
+    assert held(eager) == (36 + 4) * layer
+    monkeypatch.delattr(sdpa_attention, "pack_gqa")
+    assert held(cfg) == (36 + 4) * layer
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda mask, key, value: True)
+    assert held(cfg) == (36 + 1) * layer
+    assert held(eager) == (36 + 4) * layer
 
 
 def test_the_flags_that_a_plan_names_lower_it():

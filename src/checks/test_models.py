@@ -1,6 +1,7 @@
 """Every supported architecture in float32 and bfloat16: identity at zero, sampling, row gradients; loading."""
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -24,6 +25,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
     T5Config,
+    modeling_utils,
 )
 from transformers.utils import is_flash_attn_2_available
 
@@ -306,6 +308,16 @@ def small(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def warned(monkeypatch) -> list[str]:
+    """What transformers' models write to the log."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(modeling_utils.logger, "handlers", [handler])
+    return said
+
+
 def cut_short(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
 
@@ -362,12 +374,38 @@ def no_assistant(folder: Path) -> None:
         (no_assistant, "no special token behind an assistant's turn"),
     ],
 )
-def test_a_damaged_model_is_one_line(damage, says, small, tmp_path):
+def test_a_damaged_model_is_one_line(damage, says, small, tmp_path, warned):
     shutil.copytree(small, tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(UserError, match=says) as error:
         models.load(ModelCfg(model=str(tmp_path / "m"), device="cpu"))
     assert "\n" not in str(error.value)
+    assert not warned
+
+
+def left_over(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.extra.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_what_transformers_warns_of_beside_a_missing_weight_is_written(small, tmp_path, warned, monkeypatch):
+    shutil.copytree(small, tmp_path / "m")
+    left_over(tmp_path / "m")
+    models.load(ModelCfg(model=str(tmp_path / "m"), device="cpu"))
+    assert ["model.extra.weight" in text for text in warned] == [True]
+    warned.clear()
+    no_head(tmp_path / "m")
+    read = models.read
+
+    def warns(*args, **settings):
+        modeling_utils.logger.warning("another")
+        return read(*args, **settings)
+
+    monkeypatch.setattr(models, "read", warns)
+    with pytest.raises(UserError, match="lack lm_head"):
+        models.load(ModelCfg(model=str(tmp_path / "m"), device="cpu"))
+    assert set(warned) == {"another"}
+    assert not modeling_utils.logger.filters
 
 
 WIDE = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,

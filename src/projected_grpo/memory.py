@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 
 from projected_grpo import antipasto, loss, models
 from projected_grpo.antipasto import AntipastoLinear
@@ -148,6 +149,15 @@ def cache_bytes(config: Any, size: int) -> tuple[float, float]:
     return token, row
 
 
+def repeats(config: Any, attention: str) -> int:
+    """How often a turn of sampling, whose rows' mask differs, repeats a layer's keys and values: once for each query
+    head that shares them, unless the installed transformers gives a turn's queries to the heads that there are.
+    """
+    row = torch.empty(1, 1, 1, 1, device="meta")
+    grouped = hasattr(sdpa_attention, "pack_gqa") or sdpa_attention.use_gqa_in_sdpa(row, row, row)
+    return 1 if attention != "eager" and grouped else config.num_attention_heads // config.num_key_value_heads
+
+
 def plan(cfg: Config, config: Any = None, total: float | None = None, colocated: bool = False) -> Plan:
     """The parts of a run of ``cfg``; ``config``: a transformers configuration in place of the model's own. total: bytes
     of the device, of which vLLM takes a share; those of this machine when None. colocated: TRL's engine, which holds
@@ -176,12 +186,13 @@ def plan(cfg: Config, config: Any = None, total: float | None = None, colocated:
 
     sampled = min(rows - cfg.rl.prompts_per_step * cfg.n_teacher, cfg.model.sample_rows or rows)
     token, state = cache_bytes(config, size)
-    per_layer = token / max(1, config.num_hidden_layers)
+    copied = token / max(1, config.num_hidden_layers)
+    copied *= repeats(config, models.attention_of(cfg.model, models.device_of(cfg.model)))
     drawn = 4 + 2 * (cfg.rl.top_p < 1)
     n_prompts = max(1, sampled // max(1, cfg.rl.group - cfg.n_teacher))
     largest = max(o * i for o, i, _ in shapes)
     sampler: tuple[Part, ...] = (
-        Part("key-value cache", sampled * (length * (token + per_layer) + state), "sampling", "--sample-rows"),
+        Part("key-value cache", sampled * (length * (token + copied) + state), "sampling", "--sample-rows"),
         Part("prompts' cache", n_prompts * (cfg.data.max_prompt * token + state), "sampling", "--sample-rows"),
         Part("logits and draws of one token", drawn * sampled * vocab * 4, "sampling", "--sample-rows"),
         Part("reading the prompts", n_prompts * cfg.data.max_prompt * 6 * widest * size, "sampling", "--sample-rows"),

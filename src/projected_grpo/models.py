@@ -1,7 +1,9 @@
 """Load a model and its tokenizer by name: the organism, SmolLM2 from its package, a local folder, or a hub id."""
 
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -13,7 +15,7 @@ import torch
 from loguru import logger
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_utils
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
@@ -200,6 +202,27 @@ def recompute(model: nn.Module, on: bool) -> None:
     getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")(**settings)
 
 
+@contextmanager
+def report_held_back() -> Iterator[list[logging.LogRecord]]:
+    """Inside, transformers' report of a load (a table of the weights that are missing or left over) is kept from the
+    log. It is written afterwards unless it was taken out of the list; whatever else transformers warns of is written.
+    """
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        held.extend([record] * report)
+        return not report
+
+    modeling_utils.logger.addFilter(passes)
+    try:
+        yield held
+    finally:
+        modeling_utils.logger.removeFilter(passes)
+        for record in held:
+            modeling_utils.logger.handle(record)
+
+
 def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     """The model in evaluation mode on its device, frozen, and its tokenizer with a pad token.
 
@@ -211,8 +234,12 @@ def load(cfg: ModelCfg) -> tuple[nn.Module, Any]:
     transformers_logging.disable_progress_bar()
     tokenizer = read_tokenizer(cfg)
     settings = {"dtype": dtype_of(cfg, device), "attn_implementation": attention_of(cfg, device)}
-    model, found = read(AutoModelForCausalLM, cfg, **settings, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random, and warn
+    with report_held_back() as report:
+        model, found = read(AutoModelForCausalLM, cfg, **settings, output_loading_info=True)
+        missing = sorted(found["missing_keys"])
+        if missing:
+            report.clear()  # a line says it
+    if missing:  # transformers would draw them at random
         raise UserError(
             f"the files of {cfg.model!r} lack {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}: "
             "give the whole model"

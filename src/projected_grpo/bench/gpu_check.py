@@ -101,22 +101,29 @@ def budget(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, usual)
 
 
+def cleared(check: Check) -> Iterator[Row]:
+    """Gives a step's memory back, once the device has done all of it: a kernel may fail after its step has ended."""
+    gc.collect()
+    if check.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    yield from ()
+
+
 def take(step: Step, check: Check, report: Report) -> bool:
     """One step with its lines; whether it passed: no line says that it did not, and nothing was raised."""
     name, seconds = step.name, step.seconds * check.size.patience
     began, passed = time.perf_counter(), True
-    try:
-        with budget(seconds):
-            for row in step.run(check):
-                report.write(name, row, time.perf_counter() - began)
-                passed &= row.ok is not False
-    except Exception as error:  # whatever it is, the steps after it are worth their minutes
-        reason = next(iter(str(error).splitlines()), "")
-        report.write(name, Row(f"{type(error).__name__}: {reason}", ok=False), time.perf_counter() - began)
-        passed = False
-    gc.collect()
-    if check.device.type == "cuda":
-        torch.cuda.empty_cache()
+    for part in (step.run, cleared):
+        try:
+            with budget(seconds):
+                for row in part(check):
+                    report.write(name, row, time.perf_counter() - began)
+                    passed &= row.ok is not False
+        except Exception as error:  # whatever it is, the steps after it are worth their minutes
+            reason = next(iter(str(error).splitlines()), "")
+            report.write(name, Row(f"{type(error).__name__}: {reason}", ok=False), time.perf_counter() - began)
+            passed = False
     taken = time.perf_counter() - began
     report.write(name, Row("the whole step", taken, "s", seconds, "budget", passed), taken)
     return passed

@@ -2,9 +2,10 @@
 gradients, a step and the cache, and what a step of ``full`` comes to.
 """
 
+import itertools
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +13,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3Config
 
 from projected_grpo import antipasto, arms, decoding, loss, memory, models, proj, rollout, train
 from projected_grpo import extract_vhack_grad as vhack
@@ -27,11 +27,13 @@ from projected_grpo.bench.gpu_parts import (
     adapted,
     at_most,
     bare,
+    config_of,
     flat,
     holds,
     moved,
     relative,
 )
+from projected_grpo.config import Config
 from projected_grpo.data_types import Factors, GradedBatch, Sampling
 
 # -------------------------------------------------------------------------------------------------------- the device
@@ -72,7 +74,7 @@ def device(check: Check) -> Iterator[Row]:
 def parts(check: Check, **rl: Any) -> dict[str, float]:
     """Bytes of the plan's parts for the large model."""
     cfg = replace(check.size.cfg, rl=replace(check.size.cfg.rl, **rl))
-    planned = memory.plan(cfg, Qwen3Config(**check.size.shape, tie_word_embeddings=True)).parts
+    planned = memory.plan(cfg, config_of(check.size)).parts
     return {p.name: p.bytes for p in planned}
 
 
@@ -90,19 +92,26 @@ def built(check: Check) -> Iterator[Row]:
     yield Row("weights, U, Vh and knobs", held / memory.GB, "GB", planned / memory.GB, "plan", near)
 
 
+@torch.no_grad()
+def formed(knobs: Knobs) -> None:
+    """Every W' once, beside the one that it replaces, as a step does it: with gains that it was not made with."""
+    for delta in knobs.delta.values():
+        delta.neg_()
+    knobs.merge()
+
+
 def merged(check: Check) -> Iterator[Row]:
     """Every W' formed once."""
     knobs = check.model[1]
     moved(knobs)
     work = sum(2 * m.U.numel() * m.Vh.shape[1] for m in knobs.modules.values())
-    peak = check.peak(knobs.merge)[1]
-    check.took["merge"] = check.seconds(knobs.merge, 1, warm=False)
-    yield Row("all W' formed", check.took["merge"], "s", work / check.flops32, "roofline")
+    peak = check.peak(lambda: formed(knobs))[1]
+    taken = check.seconds(lambda: formed(knobs), 1, warm=False)
+    yield Row("all W' formed", taken, "s", work / check.flops32, "roofline")
     if peak is not None:
         planned = parts(check)["forming one W'"]
-        yield Row(
-            "bytes while they are formed", peak / memory.GB, "GB", planned / memory.GB, "plan", peak < 1.1 * planned
-        )
+        near = 0.5 * planned < peak < 1.1 * planned  # less than that: none was formed
+        yield Row("bytes while they are formed", peak / memory.GB, "GB", planned / memory.GB, "plan", near)
     m = next(iter(knobs.modules.values()))
     W = m.linear.weight
     yield holds("W' of no gain is W, to the bit", torch.equal(antipasto.round_stochastic(W.float(), W.dtype, 0), W))
@@ -213,16 +222,17 @@ def batch(check: Check, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]
     return ids, mask, torch.linspace(-1, 1, rows, device=check.device)
 
 
-def work_of(model: nn.Module, knobs: Knobs, tokens: int, completed: int, beta: float, again: bool) -> float:
+def work_of(model: nn.Module, knobs: Knobs, mask: Tensor, beta: float, again: bool) -> float:
     """FLOP of ``row_gradients``: 2 a weight and token forward and 2 backward to the inputs (frozen weights get none),
-    Uᵀ dy and Vh x, the head on completion tokens; once more forward where activations are recomputed; with β a forward
-    of the reference and a backward of its own.
+    Uᵀ dy and Vh x, the head on completion tokens; with β a forward of the reference and a backward of its own. Each
+    backward runs forward once more what is recomputed: layers where ``again`` says so, the head where its logits are
+    too many to be held.
     """
-    linears = sum(m.linear.weight.numel() for m in knobs.modules.values())
-    inside = sum(m.U.numel() + m.Vh.numel() for m in knobs.modules.values())
-    forward = 2 * tokens * linears + 2 * completed * model.get_output_embeddings().weight.numel()
-    backward = forward + 2 * tokens * inside
-    return (1 + again + bool(beta)) * forward + (1 + bool(beta)) * backward
+    weight = model.get_output_embeddings().weight
+    layers = 2 * mask.numel() * sum(m.linear.weight.numel() for m in knobs.modules.values())
+    inside = 2 * mask.numel() * sum(m.U.numel() + m.Vh.numel() for m in knobs.modules.values())
+    head, chunked = 2 * int(mask.sum()) * weight.numel(), int(mask[0].sum()) > loss.LOGIT_BUDGET // len(weight)
+    return (1 + bool(beta)) * ((2 + again) * layers + (2 + chunked) * head + inside)
 
 
 def planned_training(check: Check, rows: int, tokens: int, again: bool) -> float:
@@ -233,43 +243,66 @@ def planned_training(check: Check, rows: int, tokens: int, again: bool) -> float
         rl=replace(cfg.rl, max_new=size.length - size.prompt, prompts_per_step=1, group=rows, micro_batch=rows,
                    lot_tokens=tokens),
     )  # fmt: skip
-    return memory.plan(cfg, Qwen3Config(**size.shape, tie_word_embeddings=True)).of("training")
+    return memory.plan(cfg, config_of(size)).of("training")
+
+
+def preset(check: Check) -> Config:
+    """The size's own, its lots as the plan chooses them for the device; for one of 80 GB where that is a CPU."""
+    total = memory.device_bytes(check.device) if check.device.type == "cuda" else 80 * memory.GB
+    return memory.with_lots(check.size.cfg, config_of(check.size), total)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of ``row_gradients``: whether activations are recomputed, β, tokens of a lot, rows."""
+
+    again: bool
+    beta: float
+    tokens: int
+    rows: int = 4
+
+    def __str__(self) -> str:
+        return f"beta {self.beta:g}, lots of {self.tokens}, {self.rows} rows, recomputed {self.again}"
+
+
+def settings(check: Check) -> list[Setting]:
+    """What gradients are timed at: first the preset's own, with as many rows as fill a lot."""
+    cfg, size = preset(check), check.size
+    tokens = cfg.rl.lot_tokens or loss.LOT_TOKENS
+    rows = max(1, min(cfg.rl.micro_batch, tokens // size.length))
+    own = Setting(cfg.model.gradient_checkpointing, cfg.rl.beta, tokens, rows)
+    return [own, *(Setting(*x) for x in itertools.product((True, False), (0.0, cfg.rl.beta), size.lots))]
 
 
 def gradient(check: Check) -> Iterator[Row]:
     """Every row's gradient at the sizes of a step, and what bfloat16 does to it."""
     model, knobs = check.model
-    rows, size = 4, check.size
-    ids, mask, weight = batch(check, rows, size.length)
-    for again in (True, False):
-        models.recompute(model, again)
-        for beta in (0.0, size.cfg.rl.beta):
-            for tokens in size.lots:
-                call = lambda beta=beta, tokens=tokens: loss.row_gradients(
-                    model, knobs, ids, mask, weight, beta=beta, kl_weight=1.0, micro_batch=rows, lot_tokens=tokens
-                )  # fmt: skip
-                try:
-                    call()
-                    taken, peak = check.peak(call)
-                except torch.OutOfMemoryError:
-                    yield Row(f"beta {beta:g}, lots of {tokens}, recomputed {again}: out of memory", ok=not again)
-                    continue
-                work = work_of(model, knobs, ids[:, 1:].numel(), int(mask.sum()), beta, again)
-                said = f"beta {beta:g}, lots of {tokens}, recomputed {again}"
-                yield Row(said, work / taken / 1e12, "TFLOP/s", check.flops / 1e12, "roofline")
-                if peak is not None:
-                    planned = planned_training(check, rows, tokens, again)
-                    yield Row(
-                        f"{said}: bytes", peak / memory.GB, "GB", planned / memory.GB, "plan", peak < 1.1 * planned
-                    )
-                if beta == size.cfg.rl.beta:
-                    speed = ids.numel() / taken
-                    check.took["tokens/s"] = max(check.took.get("tokens/s", 0.0), speed)
+    size, (own, *others) = check.size, settings(check)
+    for x in (own, *others):
+        ids, mask, weight = batch(check, x.rows, size.length)
+        models.recompute(model, x.again)
+        call = lambda x=x, ids=ids, mask=mask, weight=weight: loss.row_gradients(
+            model, knobs, ids, mask, weight, beta=x.beta, kl_weight=1.0, micro_batch=x.rows, lot_tokens=x.tokens
+        )  # fmt: skip
+        said = f"{x}{', as `full` has them' if x is own else ''}"
+        try:
+            call()
+            taken, peak = check.peak(call)
+        except torch.OutOfMemoryError:
+            yield Row(f"{said}: out of memory", ok=not x.again)
+            continue
+        work = work_of(model, knobs, mask, x.beta, x.again)
+        yield Row(said, work / taken / 1e12, "TFLOP/s", check.flops / 1e12, "roofline")
+        if peak is not None:
+            planned = planned_training(check, x.rows, x.tokens, x.again)
+            yield Row(f"{said}: bytes", peak / memory.GB, "GB", planned / memory.GB, "plan", peak < 1.1 * planned)
+        if x is own:
+            check.took["tokens/s"] = ids.numel() / taken
     models.recompute(model, size.cfg.model.gradient_checkpointing)
-    few = {}
+    few, (ids, mask, weight) = {}, batch(check, 2, size.length)
     for dtype in (torch.float32, torch.bfloat16):
         small = bare(check, torch.float32, LAYERS).to(dtype)
-        grads = loss.row_gradients(small, adapted(small), ids[:2], mask[:2], weight[:2])
+        grads = loss.row_gradients(small, adapted(small), ids, mask, weight)
         few[dtype] = flat(grads.G)
     cosine = float(torch.nn.functional.cosine_similarity(*few.values(), dim=0))
     yield Row(
@@ -283,7 +316,8 @@ def gradient(check: Check) -> Iterator[Row]:
 def whole_step(check: Check) -> Iterator[Row]:
     """A step of the full shape but for its length, its rewards forced to differ, with the arms erase and route."""
     model, knobs = check.model
-    cfg = replace(check.size.cfg, rl=replace(check.size.cfg.rl, max_new=check.size.sampled))
+    cfg = preset(check)
+    cfg = replace(cfg, rl=replace(cfg.rl, max_new=check.size.sampled))
     n, device = cfg.rl.prompts_per_step * cfg.rl.group, check.device
     ones = {m: torch.ones(cfg.vhack.k, x.delta.numel(), device=device) for m, x in knobs.modules.items()}
     V = vhack.random_basis(vhack.HackBasis(ones, {m: v[:, 0] for m, v in ones.items()}, {}), 0)
@@ -322,7 +356,7 @@ def cached(check: Check) -> Iterator[Row]:
     shape = (model.config.num_key_value_heads, length, model.config.head_dim)
     for rows in check.size.cached:
         cfg = replace(check.size.cfg, model=replace(check.size.cfg.model, sample_rows=rows))
-        made = memory.plan(cfg, Qwen3Config(**check.size.shape, tie_word_embeddings=True))
+        made = memory.plan(cfg, config_of(check.size))
         planned = next(p.bytes for p in made.parts if p.name == "key-value cache")
         try:
             room = [torch.zeros(rows, *shape, dtype=model.dtype, device=check.device) for _ in range(2 * layers)]
@@ -354,7 +388,7 @@ def full_step(check: Check) -> str:
             "sampling": lots * rl.max_new * turn,
             "gradients": n * (check.size.prompt + rl.max_new) / took["tokens/s"],
             "projection": took["project"],
-            "update and merges": took["update"] + took["merge"],
+            "update and merge": took["update"],
         }
     except (KeyError, ValueError):
         return "a step of `full`: not to be said, since a step that it is extrapolated from failed"

@@ -162,16 +162,28 @@ class Check:
         return taken, torch.cuda.max_memory_allocated() - before
 
 
+def config_of(size: Size, layers: int | None = None) -> Qwen3Config:
+    """Of the size's model. A random Linear keeps its input's size whatever the width: with 0.02, which does that at
+    2560, the layers of a narrow model would add nothing, and its tied head would say its last token again.
+    """
+    shape = dict(size.shape) | ({"num_hidden_layers": layers} if layers else {})
+    return Qwen3Config(
+        **shape,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_range=shape["hidden_size"] ** -0.5,
+    )
+
+
 def bare(check: Check, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
     """A random Qwen3 of the size's shapes, on the device."""
-    shape = dict(check.size.shape) | ({"num_hidden_layers": layers} if layers else {})
-    config = Qwen3Config(**shape, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
     with torch.device(check.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config_of(check.size, layers), dtype=dtype)
     # logits of standard deviation 3: near 0 every token is as likely as any other, and nothing would show
     with torch.no_grad():
-        model.get_decoder().norm.weight.fill_(3 / (config.initializer_range * config.hidden_size**0.5))
+        model.get_decoder().norm.weight.fill_(3)
     return model.eval().requires_grad_(False)
 
 
