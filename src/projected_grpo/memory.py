@@ -133,12 +133,16 @@ def saved_by_layer(model: nn.Module, tokens: int) -> list[float]:
     return [counted(layer) for layer in decoder.layers]
 
 
+def layer_kinds(config: Any) -> Sequence[str]:
+    """What each layer attends by."""
+    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+
+
 def cache_bytes(config: Any, size: int) -> tuple[float, float]:
     """(bytes a token of the key-value cache, bytes a row of the linear-attention states) over all layers."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds: Sequence[str] = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     token, row = 0.0, 0.0
-    for kind in kinds:
+    for kind in layer_kinds(config):
         if kind != "linear_attention":
             token += 2 * config.num_key_value_heads * head * size
             continue
@@ -186,7 +190,7 @@ def plan(cfg: Config, config: Any = None, total: float | None = None, colocated:
 
     sampled = min(rows - cfg.rl.prompts_per_step * cfg.n_teacher, cfg.model.sample_rows or rows)
     token, state = cache_bytes(config, size)
-    copied = token / max(1, config.num_hidden_layers)
+    copied = token / max(1, sum(kind != "linear_attention" for kind in layer_kinds(config)))
     copied *= repeats(config, models.attention_of(cfg.model, models.device_of(cfg.model)))
     drawn = 4 + 2 * (cfg.rl.top_p < 1)
     n_prompts = max(1, sampled // max(1, cfg.rl.group - cfg.n_teacher))
