@@ -238,6 +238,31 @@ def test_pooled_states_by_a_loop(wrapped, batch):
             torch.testing.assert_close(got[reading][i], want.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_states_are_read_once_a_text_and_no_layer_deeper_than_asked(wrapped, batch):
+    model, _ = wrapped
+    ids, mask = (torch.cat([part, part[:3]]) for part in batch)
+    ran: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda m, args, out, i=i: ran.append((i, len(out))))
+        for i, layer in enumerate(model.get_decoder().layers, 1)
+    ]
+    got = detectors.pooled(model, ids, mask, [detectors.HELD_OUT])[detectors.HELD_OUT]
+    assert ran == [(1, 4)], "one layer of two, four texts of seven"
+    assert torch.equal(got[4:], got[:3])
+    assert got[:4].unique(dim=0).shape == got[:4].shape
+    ran.clear()
+    deepest = detectors.pooled(model, ids, mask, [detectors.Reading("last", (1.0, 1.0))])
+    assert [i for i, _ in ran] == [1, 2]
+    [[_, h]] = deepest.items()
+    with torch.no_grad():
+        final = model.get_decoder()(input_ids=ids).last_hidden_state  # with the final norm, as ``hidden_states`` has it
+    at = mask.shape[1] - mask.flip(1).int().argmax(1)
+    torch.testing.assert_close(h, final[torch.arange(len(ids)), at].float(), rtol=1e-4, atol=1e-5)
+    for hook in hooks:
+        hook.remove()
+    assert model.config.num_hidden_layers == 2
+
+
 def test_no_arm_reads_what_the_held_out_probe_reads():
     for depth in (4, 8, 28, 36):
         watched = set(detectors.hidden_layers(detectors.HELD_OUT.depth, depth))

@@ -194,6 +194,45 @@ def test_rows_without_advantage_are_skipped_exactly(wrapped, batch):
     assert all((g == 0).all() for g in none.G.values())
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_of_rows_that_are_alike_one_goes_through_for_all(wrapped, batch, monkeypatch, beta, cap):
+    """What comes out is what each row alone would leave; a copy with another weight, another share in the KL or, under
+    a cap, other draws is none.
+    """
+    model, knobs = wrapped
+    with torch.no_grad():
+        for m in knobs.modules.values():
+            m.delta += 0.05
+    knobs.merge()
+    ids, mask = (torch.cat([part, part, part[:2]]) for part in batch)
+    weight = torch.tensor([1.0, -2.0, 0.5, 0.0, 1.0, -2.0, 0.7, 0.0, 1.0, -2.0], dtype=torch.float64)
+    kl_rows = torch.tensor([True] * 8 + [False, True])
+    drawn = torch.full(mask.shape, -3.0, dtype=torch.float64)
+    drawn[9] = -9.0
+    given = dict(beta=beta, kl_weight=0.25, cap=cap)
+    went = []
+    forward = loss.token_logprobs
+    monkeypatch.setattr(loss, "token_logprobs", lambda model, i, *more: went.append(len(i)) or forward(model, i, *more))
+    rows = loss.row_gradients(model, knobs, ids, mask, weight, kl_rows=kl_rows, drawn=drawn, **given)
+    # rows 4, 5, 8 and 9 are copies of 0 and 1, and 7 of 3, which has no weight; 8 has no KL, 9 was drawn elsewhere
+    own = {(0.0, None): 4, (0.0, 2.0): 5, (0.3, None): 6, (0.3, 2.0): 7}[beta, cap]
+    assert sum(went) == own * (2 if beta else 1)
+    total = k3 = 0.0
+    for i in range(len(ids)):
+        at = slice(i, i + 1)
+        one = loss.row_gradients(
+            model, knobs, ids[at], mask[at], weight[at], kl_rows=kl_rows[at], drawn=drawn[at], **given
+        )
+        total, k3 = total + one.loss, k3 + (one.kl or 0) * int(mask[i].sum()) * bool(kl_rows[i])
+        torch.testing.assert_close(rows.nll[i], one.nll[0])
+        for n in rows.G:
+            torch.testing.assert_close(rows.G[n][i], one.G[n][0])
+            torch.testing.assert_close(rows.policy[n][i], one.policy[n][0])
+    assert rows.loss == pytest.approx(total)
+    assert not beta or rows.kl == pytest.approx(k3 / int(mask[kl_rows].sum()))
+
+
 @settings(max_examples=50)
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 3.0, 3.5]), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_advantages_sum_to_zero_and_vanish_without_variance(rewards):

@@ -5,7 +5,8 @@ A threshold comes from the pairs' clean sides: no verdict of any grader enters. 
 one's recall falls and its does not, the policy evades; where both fall, it hides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -46,6 +47,27 @@ def hidden_layers(depth: tuple[float, float], n: int) -> list[int]:
     return inside or [min(range(1, n + 1), key=lambda i: abs(i / n - sum(depth) / 2))]
 
 
+@contextmanager
+def reading(decoder: nn.Module, layers: Collection[int]) -> Iterator[dict[int, Float[Tensor, "b s d"]]]:
+    """Inside, a forward leaves the hidden states of these layers in the dict yielded, 1 after the first layer, and runs
+    no layer behind the last of them. What a model's ``hidden_states`` hold, the last with the final norm.
+    """
+    kept: dict[int, Tensor] = {}
+    config, n = decoder.config, decoder.config.num_hidden_layers
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda module, args, out: kept.update({layer: getattr(out, "last_hidden_state", out)})
+
+    hooks = [(decoder if i == n else decoder.layers[i - 1]).register_forward_hook(keep(i)) for i in layers]
+    config.num_hidden_layers = max(layers)  # as far as transformers' decoders go
+    try:
+        yield kept
+    finally:
+        config.num_hidden_layers = n
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def pooled(
     model: nn.Module, ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], readings: Sequence[Reading],
@@ -53,26 +75,28 @@ def pooled(
     agree: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None,
 ) -> States:  # fmt: skip
     """Every reading of the rows' completions, (b, d) in float32, from one forward at the knobs in use, in lots as those
-    of ``loss.row_gradients``.
+    of ``loss.row_gradients``, rows that are alike once.
     """
     if not readings:
         return {}
-    n, rows = model.config.get_text_config().num_hidden_layers, {reading: [] for reading in readings}
-    lots = loss.lots(mask, torch.arange(len(ids), device=ids.device), micro_batch, lot_tokens)
-    lots = agree(lots, mask) if agree else lots
-    for _, i, m in (loss.trimmed(ids, mask, lot) for lot in lots):
-        states = model.get_decoder()(input_ids=i, use_cache=False, output_hidden_states=True).hidden_states
+    n, decoder = model.config.get_text_config().num_hidden_layers, model.get_decoder()
+    layers = {r: hidden_layers(r.depth, n) for r in readings}
+    first = loss.first_alike(ids, mask)
+    lots = loss.lots(mask, first.unique(), micro_batch, lot_tokens)
+    found = {r: torch.zeros(len(ids), model.config.get_text_config().hidden_size, device=ids.device) for r in readings}
+    for lot, i, m in (loss.trimmed(ids, mask, lot) for lot in (agree(lots, mask) if agree else lots)):
+        with reading(decoder, sorted({i for of in layers.values() for i in of})) as states:
+            decoder(input_ids=i, use_cache=False)
         written = torch.nn.functional.pad(m, (1, 0))  # mask[t] speaks of token t+1
-        for reading in readings:
-            h = torch.stack([states[layer] for layer in hidden_layers(reading.depth, n)]).float().mean(0)
-            if reading.pool == "last":
+        for r in readings:
+            h = torch.stack([states[layer] for layer in layers[r]]).float().mean(0)
+            if r.pool == "last":
                 at = written.shape[1] - 1 - written.flip(1).int().argmax(1)
-                rows[reading].append(h[torch.arange(len(h), device=h.device), at])
+                found[r][lot] = h[torch.arange(len(h), device=h.device), at]
             else:
                 weight = written.to(h)
-                rows[reading].append((h * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
-    back = torch.cat(lots).argsort()
-    return {reading: torch.cat(parts)[back] for reading, parts in rows.items()}
+                found[r][lot] = (h * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+    return {r: h[first] for r, h in found.items()}
 
 
 def of_pairs(

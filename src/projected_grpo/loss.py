@@ -136,9 +136,10 @@ def row_gradients(
     w = +1 on a hack and −1 on a clean completion this is the gradient that the hack direction is extracted from.
     d = log π_ref − log π, π_ref the model with its knobs off (K3 estimator, Schulman), clamped, over ``kl_rows`` (all
     when None): on tokens that the policy did not draw, a teacher's, K3 estimates no KL and may explode. Rows without
-    weight and without KL are skipped: their gradient is zero. The others are taken in ``lots`` of like length, each
-    trimmed to its longest row; ``agree`` (of lots and mask) may divide them anew, where processes that share the
-    weights must run equally many. Raises FloatingPointError on a non-finite loss.
+    weight and without KL are skipped: their gradient is zero; of rows that are alike in everything one goes through for
+    all. They are taken in ``lots`` of like length, each trimmed to its longest row; ``agree`` (of lots and mask) may
+    divide them anew, where processes that share the weights must run equally many. Raises FloatingPointError on a
+    non-finite loss.
     """
     exact = torch.promote_types(model.dtype, torch.float32)
     zeros = lambda: {n: torch.zeros(len(ids), m.delta.numel(), dtype=exact, device=ids.device)
@@ -147,10 +148,12 @@ def row_gradients(
     policy = zeros() if beta else G
     drawn = torch.full_like(mask, torch.nan, dtype=exact) if drawn is None else drawn
     in_kl = torch.full_like(weight, bool(beta), dtype=torch.bool) if kl_rows is None else kl_rows & bool(beta)
-    nll, total, total_k3 = torch.zeros(len(ids), dtype=exact, device=ids.device), 0.0, 0.0
+    nll, objective, k3s = torch.zeros(3, len(ids), dtype=exact, device=ids.device)
     drift = [nll.new_zeros(0)]
     counts = (weight != 0) | in_kl
-    live = counts.nonzero()[:, 0]
+    alike = (ids, mask, weight, in_kl) if cap is None else (ids, mask, weight, in_kl, drawn.nan_to_num(1.0))
+    first = first_alike(*alike)
+    live = (counts & (first == torch.arange(len(ids), device=ids.device))).nonzero()[:, 0]
     # transformers checkpoints in training mode only; there is no dropout
     model.train(checkpoints(model))
     made = lots(mask, live, micro_batch, lot_tokens)
@@ -161,32 +164,44 @@ def row_gradients(
             reference = [token_logprobs(model, i, m, temperature) for _, i, m in made]
     for (rows, i, m), before in zip(made, reference, strict=True):
         row = m.nonzero()[:, 0]
+        by_row = lambda tokens: tokens.new_zeros(len(rows)).index_add(0, row, tokens)  # noqa: B023
         with knobs.row_gradients(len(rows)) as eps:
             logp = token_logprobs(model, i, m, temperature)
             ratio, off = (logp - logp.detach()).exp(), logp.detach() - drawn[rows, : m.shape[1]][m].to(logp)
             if cap is not None:
                 ratio = ratio * off.exp().clamp(max=cap).nan_to_num(1.0)
-            loss, k3 = -(weight[rows][row].to(logp) * ratio).sum(), logp.new_zeros(())
+            loss, k3 = -by_row(weight[rows][row].to(logp) * ratio), logp.new_zeros(len(rows))
             if before is not None:
                 d = (before - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-                k3 = ((d.exp() - d - 1) * in_kl[rows][row]).sum()
-            whole = loss + beta * kl_weight * k3
-            if not torch.isfinite(whole):
-                raise FloatingPointError(f"the loss is {whole.item()}: non-finite log-probs in rows {rows.tolist()}")
-            loss.backward(retain_graph=before is not None)
+                k3 = by_row((d.exp() - d - 1) * in_kl[rows][row])
+            whole = (loss + beta * kl_weight * k3).detach()
+            if not torch.isfinite(whole).all():
+                raise FloatingPointError(f"the loss is {whole.sum().item()}: non-finite log-probs in {rows.tolist()}")
+            loss.sum().backward(retain_graph=before is not None)
             for n, e in eps.items():
                 policy[n][rows] = e.grad
             if before is not None:
-                (beta * kl_weight * k3).backward()
+                (beta * kl_weight * k3.sum()).backward()
                 for n, e in eps.items():
                     G[n][rows] = e.grad
-            loss = whole
         drift.append(off[~off.isnan() & counts[rows][row]])  # ``agree`` may have put rows in that do not count
-        nll[rows] = logp.new_zeros(len(rows)).index_add(0, row, -logp.detach())
-        total, total_k3 = total + loss.item(), total_k3 + k3.item()
+        nll[rows], objective[rows], k3s[rows] = by_row(-logp.detach()), whole, k3.detach()
     model.eval()
-    kl = total_k3 / max(1, int(mask[in_kl].sum())) if beta else None
-    return RowGrads(G, policy, nll, total, kl, torch.cat(drift))
+    copies = (first != torch.arange(len(ids), device=ids.device)).nonzero()[:, 0]
+    for values in (*G.values(), *(policy.values() if beta else ()), nll, objective, k3s):
+        values[copies] = values[first[copies]]
+    kl = float(k3s.sum()) / max(1, int(mask[in_kl].sum())) if beta else None
+    return RowGrads(G, policy, nll, float(objective.sum()), kl, torch.cat(drift))
+
+
+def first_alike(*parts: Tensor) -> Int[Tensor, " b"]:
+    """For each row the first one that is equal to it in all parts, (b,) or (b, k): a small policy writes a third of a
+    step's texts more than once, and what is computed of one holds for its copies.
+    """
+    keys = torch.cat([p.reshape(len(p), -1).double() for p in parts], 1)  # exact: token ids and float32 are
+    back = torch.unique(keys, dim=0, return_inverse=True)[1]
+    row = torch.arange(len(keys), device=keys.device)
+    return torch.full_like(row, len(row)).scatter_reduce(0, back, row, "amin")[back]
 
 
 def trimmed(ids: Int[Tensor, "b s"], mask: Bool[Tensor, "b s-1"], rows: Int[Tensor, " n"]) -> tuple[Tensor, ...]:
