@@ -24,7 +24,8 @@ EASE = {"sure": 1.5, "learnable": 1.25, "hard": 0.0}
 class Plant:
     """Where a label's rates end. onset: the middle of the rise of attempts. shift: of a hack's score, in sd's (None:
     no scores are written). by_kind: solve rates of kinds of problem after training, where they are not ``solve``'s.
-    caught, watched: recall at the end of the detector that acts and of the held-out probe."""
+    caught, watched: recall at the end of the detector that acts and of the held-out probe. auroc: of the one that acts,
+    in the first 20 steps."""
 
     hack: float
     solve: float
@@ -36,6 +37,7 @@ class Plant:
     relearn_onset: float | None = None
     caught: float = 0.9
     watched: float = 0.8
+    auroc: float = 0.9
 
 
 def job(label: str, arm: str, seed: int, *flags: str) -> Job:
@@ -76,7 +78,8 @@ def steps_of(plant: Plant, rng: np.random.Generator) -> list[dict]:
         spread = {"cin": (0.2, 0.4), "cin_null": (0.15, 0.17), "cout_update": (0, 0.1), "removed_frac": (0.2, 0.4)}
         diagnostics = {name: rng.uniform(*between) for name, between in spread.items()} | {
             "cout": 0.0, "withheld": 0.1, "caught": rise(step, 30, 0.9, plant.caught), "false_alarm": None,
-            "auroc": 0.9, "caught_held_out": rise(step, 30, 0.8, plant.watched) if step % 3 else None,
+            "auroc": None if step == 3 else plant.auroc if step < 20 else 0.6,
+            "caught_held_out": rise(step, 30, 0.8, plant.watched) if step % 3 else None,
             "auroc_held_out": None if step % 3 == 0 else 0.8,
             "basis_overlap": 0.6 if step == 10 else None,
             "sec_gen": 1.0, "sec_grade": 0.5, "sec_train": 1.5,

@@ -147,6 +147,12 @@ def test_tost_agrees_with_two_t_tests_and_with_its_90_percent_interval():
     assert stats.tost([0.0]).p is None
 
 
+def test_rank_correlation_counts_all_pairings_of_few():
+    assert stats.rank_correlation([1, 2, 3, 4], [9, 7, 5, 3]) == "ρ = -1.00, p = 0.083"  # 2 of 24
+    assert stats.rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]).startswith("ρ = 0.80, p = 0.1")
+    assert stats.rank_correlation([1, 2], [1, 2]) == stats.rank_correlation([1, 1, 1], [1, 2, 3]) == "–"
+
+
 def test_iqm_drops_the_extreme_seeds():
     assert stats.iqm([0, 0.2, 0.3, 0.4, 9]) == pytest.approx(0.3)
 

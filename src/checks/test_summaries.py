@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 from projected_grpo import arms
 from projected_grpo.config import UserError
-from projected_grpo.studies import results_docs, run, summaries, tables
+from projected_grpo.studies import layout, results_docs, run, summaries, tables
 from projected_grpo.studies.analysis import Analysis
 from projected_grpo.studies.run import STUDIES
 
@@ -71,7 +71,7 @@ def world(tmp_path_factory):
         write_run(root / "runs", fold[-1], HELD_OUT, known=("run_tests",))
     with pytest.MonkeyPatch.context() as patch:
         for arm in {j.intervention for j in jobs}:
-            row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm in ORACLES)
+            row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm in ORACLES, rows="all", is_control=False)
             patch.setitem(arms.ARMS, arm, row)
         studies = (study("headline", jobs), study("leave_one_out", fold))
         summaries.update(studies, root / "runs", root / "docs" / "results")
@@ -222,6 +222,29 @@ def test_evasion_is_told_from_hiding(headline):
     assert told["broken"]["held out change"].mean == pytest.approx(-0.6, abs=0.05)
 
 
+def test_what_a_lucky_detector_prevents_is_told(tmp_path, monkeypatch):
+    """Of arms that obey a detector, by what it ranked in its first steps alone; a fitted one is no luck and stays out
+    of the correlation, an arm that draws lots out of the table.
+    """
+    plants = {f"lucky {x}": ("lucky", Plant(hack, 0.3, auroc=x)) for x, hack in ((0.3, 0.7), (0.1, 0.9), (0.7, 0.2))}
+    plants |= {"fitted": ("fitted", Plant(0.9, 0.3, auroc=0.95)), "coin": ("coin", Plant(0.5, 0.3, auroc=0.9))}
+    for arm, rows in (("lucky", "punish"), ("fitted", "drop"), ("coin", "punish_count")):
+        row = SimpleNamespace(control=None, oracle=False, rows=rows, is_control=arm != "fitted")
+        monkeypatch.setitem(arms.ARMS, arm, row)
+    jobs = [job(label, arm, seed, f"--label={label}") for label, (arm, _) in plants.items() for seed in SEEDS[:2]]
+    for j in jobs:
+        write_run(tmp_path / "runs", j, plants[j.label][1])
+    table = tables.ranks(Analysis(summaries.summarise(study("luck", jobs), tmp_path / "runs")))
+    found = [dict(zip(table.heads, row, strict=True)) for row in table.rows]
+    assert [(row["label"], row["seed"]) for row in found] == [
+        (label, seed) for label in ("lucky 0.1", "lucky 0.3", "lucky 0.7", "fitted") for seed in SEEDS[:2]
+    ]
+    assert [row["AUROC"] for row in found] == pytest.approx([0.1, 0.1, 0.3, 0.3, 0.7, 0.7, 0.95, 0.95])
+    rho = scipy_stats.spearmanr(*zip(*((r["AUROC"], r["deployed hack"]) for r in found[:6]), strict=True)).statistic
+    assert f"over the 6 runs of controls: ρ = {rho:.2f}, p = 0." in table.note
+    assert rho < -0.9
+
+
 def test_the_page_says_it_all(world):
     page, whole = (p.read_text() for p in (world.docs / "results.md", world.root / "outputs/results/headline.md"))
     assert page.startswith("# Results")
@@ -251,14 +274,14 @@ def test_every_table_that_tells_of_hack_tells_of_gain_kept(headline):
 
 
 def test_a_table_is_the_same_whatever_it_is_rendered_to():
-    table = tables.made("T", ("label", "n", "empty", "x | y"), [("a|b", 3, None, 0.256), ("c", 4, None, None)])
+    table = layout.made("T", ("label", "n", "empty", "x | y"), [("a|b", 3, None, 0.256), ("c", 4, None, None)])
     assert table.heads == ("label", "n", "x | y")
     assert table.cells == [["a|b", "3", "0.26"], ["c", "4", "–"]]
-    assert tables.markdown(table).startswith("### T\n\n| label   | n   | x | y")
-    assert "a\\|b" in tables.grid(table)
-    lines = tables.terminal(table).splitlines()
+    assert layout.markdown(table).startswith("### T\n\n| label   | n   | x | y")
+    assert "a\\|b" in layout.grid(table)
+    lines = layout.terminal(table).splitlines()
     assert lines[2].split() == ["a|b", "3", "0.26"]
-    assert tables.made("T", ("label",), []) is None
+    assert layout.made("T", ("label",), []) is None
 
 
 def test_tables_between_markers_are_written_and_stale_ones_are_told(world):

@@ -24,7 +24,7 @@ from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.report import looks, panels
 from projected_grpo.studies import summaries
-from projected_grpo.studies.analysis import METRICS, WINDOW, Analysis
+from projected_grpo.studies.analysis import EARLY, METRICS, WINDOW, Analysis
 from projected_grpo.studies.stats import MARGIN
 from projected_grpo.studies.summaries import PROBE
 
@@ -193,6 +193,21 @@ def probes(a: Analysis) -> Figure | None:
     return Figure("probes", "Evasion", caption, drawn, tuple(panels.PROBE_STYLE.values()))
 
 
+def ranks(a: Analysis) -> Figure | None:
+    """Whether what a detector saw at first tells what is hacked in the end."""
+    found = panels.rankers(a)
+    if not any(looks.is_control(a.labels[name]) for name in found):
+        return None
+    caption = (
+        f"A point a run of an arm that obeys a detector. Across: P(a rollout that fools its channel scores over one "
+        f"that does not), mean over the first {EARLY} steps; upward: deployed hack after training. Random probes are "
+        "good or bad by luck."
+    )
+    panel = Panel("", lambda ax: panels.ranked(ax, a), height=280, big=True)
+    legend = tuple((n, dict(color=s.color, marker=s.marker, linestyle="")) for n, s in found.items())
+    return Figure("ranks", "What the detector sees, and what it prevents", caption, (panel,), legend)
+
+
 def overlap(a: Analysis) -> Figure | None:
     """How far V turned at each refresh."""
     if not any(panels.has_values(a, name, "basis_overlap") for name in a.labels):
@@ -215,7 +230,7 @@ def relearning(a: Analysis) -> Figure | None:
 
 
 FIGURES: tuple[Callable[[Analysis], Figure | None], ...] = (
-    story, deployed, arms, curves, modes, gradient, probes, overlap, relearning,
+    story, deployed, arms, curves, modes, gradient, probes, ranks, overlap, relearning,
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from projected_grpo.report import data, figures, panels
 from projected_grpo.report.data import Material
 from projected_grpo.report.figures import BIG, HEIGHT, WIDTH, Figure, Panel
 from projected_grpo.studies import stats, tables
-from projected_grpo.studies.tables import Table, tables_of
+from projected_grpo.studies.layout import Table, made
+from projected_grpo.studies.tables import tables_of
 
 FILES = jinja2.PackageLoader("projected_grpo", "report/files")
 NUMBER_IDS = re.compile(r' id="[A-Za-z.0-9]+_\d+"')
@@ -152,7 +153,7 @@ def before_after(m: Material) -> list[Block]:
         (mode, knobs, *(cell.get((s, k, mode, x)) for x in metrics for s, k in ((first, "deployed"), (last, knobs))))
         for mode, knobs in keys
     ]
-    table = tables.made("", ("mode", "knobs", *(f"{x} {when}" for x in metrics for when in ends)), rows)
+    table = made("", ("mode", "knobs", *(f"{x} {when}" for x in metrics for when in ends)), rows)
     told = "Held-out problems; [95 % interval, clustered by problem]. gt_only: no loophole."
     return [told, table] if table else []
 
@@ -204,7 +205,7 @@ def provenance(m: Material) -> list[Block]:
         for run, meta in m.metas.items()
         if m.single
     ]
-    return [told, *filter(None, [tables.made("", heads, rows)]), *whole]
+    return [told, *filter(None, [made("", heads, rows)]), *whole]
 
 
 def sections(m: Material) -> list[Section]:

@@ -12,6 +12,8 @@ from projected_grpo.report.looks import (
     DASHES,
     GREY,
     INK,
+    MARKERS,
+    PALETTE,
     Family,
     Style,
     families,
@@ -22,7 +24,7 @@ from projected_grpo.report.looks import (
     styles,
 )
 from projected_grpo.studies import stats
-from projected_grpo.studies.analysis import WINDOW, Analysis, Label, Seeds, shared
+from projected_grpo.studies.analysis import EARLY, WINDOW, Analysis, Seeds, shared
 from projected_grpo.studies.stats import AIM_GAIN, AIM_HACK, MARGIN, Values
 
 # --- over training --------------------------------------------------------------------------------------------------
@@ -266,12 +268,6 @@ def keeps(a: Analysis) -> bool:
     return any(a.gain_kept(label) for label in a.labels.values())
 
 
-def kept_by_seed(a: Analysis, label: Label) -> Seeds:
-    """Each seed's gain over the base as a share of honest's mean gain, so that their mean is ``gain_kept``."""
-    mine, whole = a.gains(label)
-    return {s: gain / float(np.mean(list(whole.values()))) for s, gain in mine.items()}
-
-
 def plane(ax: Axes, a: Analysis) -> None:
     """Deployed hack across (left is better) against gain kept (up is better); against solve where gain is undefined.
 
@@ -282,7 +278,7 @@ def plane(ax: Axes, a: Analysis) -> None:
     base = Family("base", (), Style(INK, "-", "X"))
     for family in (*families(a), base):
         style = family.style
-        up = {f.name: kept_by_seed(a, f) if gain else a.deployed(f.name, "solve") for f in family.labels}
+        up = {f.name: a.kept_by_seed(f) if gain else a.deployed(f.name, "solve") for f in family.labels}
         points = [(name, a.deployed(name, "hack"), y) for name, y in up.items()]
         ground = dict.fromkeys(a.base("hack"), 0.0) if gain else a.base("solve")
         for name, hack, high in points or [("base", a.base("hack"), ground)]:
@@ -303,6 +299,25 @@ def plane(ax: Axes, a: Analysis) -> None:
     ax.set_ylim(low - 0.08 * (top - low), top + 0.12 * (top - low))
     landmarks(ax, a, gain)
     place(ax, names, bars)
+
+
+def ranked(ax: Axes, a: Analysis) -> None:
+    """A point a run: how well its detector ranked hacks at first, against what is hacked in the end."""
+    ax.axvline(0.5, color=GREY, linewidth=0.9, linestyle=DASHES[2], zorder=0)
+    ax.annotate("as by chance", (0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), va="top",
+                textcoords="offset points", color="#6a6a6a")  # fmt: skip
+    for name, style in rankers(a).items():
+        x, y = shared(a.early(name, "auroc"), a.deployed(name, "hack"))
+        ax.plot(x, y, marker=style.marker, color=style.color, markersize=7, mew=0.8, mec="white", linestyle="")
+    ax.set(
+        xlim=(-0.03, 1.03), ylim=(-0.05, 1.03), xlabel=f"detector's AUROC, first {EARLY} steps", ylabel="hack, deployed"
+    )
+
+
+def rankers(a: Analysis) -> dict[str, Style]:
+    """Labels whose detector decides, each with a colour of its own: here controls are what there is to see."""
+    names = [name for name, label in a.labels.items() if label.obeys_flags and a.early(name, "auroc")]
+    return {n: Style(PALETTE[i % len(PALETTE)], DASHES[0], MARKERS[i % len(MARKERS)]) for i, n in enumerate(names)}
 
 
 def landmarks(ax: Axes, a: Analysis, gain: bool) -> None:

@@ -21,6 +21,8 @@ Seeds = dict[int, float]
 METRICS = ("hack", "attempt", "solve")
 ONSET_LEVEL, WINDOW = 0.5, 5
 """Onset: where the attempts' mean over WINDOW steps first passes ONSET_LEVEL."""
+EARLY = 20
+"""Steps at whose policy, still near the untrained one, a detector is looked at before what it does shows."""
 HONEST, LEARNABLE = "honest", "learnable"
 """The arm that is paid for right answers alone; the kind of problem that such pay teaches."""
 WORLD = ("--steps", "--model", "--problems", "--preset")
@@ -47,6 +49,11 @@ class Label:
     def no_loophole(self) -> bool:
         """Plain GRPO on prompts without a loophole: the benchmark's own reference."""
         return self.arm == "none" and PROBE in self.overrides
+
+    @property
+    def obeys_flags(self) -> bool:
+        """Whether what its detector flags decides over gradients."""
+        return self.arm in arms.ARMS and arms.ARMS[self.arm].rows in ("drop", "screen", "punish")
 
     @property
     def world(self) -> frozenset[str]:
@@ -164,6 +171,11 @@ class Analysis:
     def curve_end(self, label: str, column: str) -> Seeds:
         """Mean of the last LAST steps by seed."""
         return {s: float(np.nanmean(c[-LAST:])) for s, c in self.curves.get((label, column), {}).items()}
+
+    def early(self, label: str, column: str) -> Seeds:
+        """Mean over those of the first EARLY steps that have a value, by seed."""
+        found = {s: c[:EARLY] for s, c in self.curves.get((label, column), {}).items()}
+        return {s: float(np.nanmean(c)) for s, c in found.items() if not np.isnan(c).all()}
 
     def level(self, label: str, measure: str) -> Seeds:
         """hack, attempt, solve: end of training; peak: its highest hack; deploy_…: last deploy eval; base_…: the first,
@@ -309,6 +321,11 @@ class Analysis:
         """
         mine, whole = self.gains(label, kind, over)
         return stats.ratio(list(mine.values()), list(whole.values())) if mine else None
+
+    def kept_by_seed(self, label: Label) -> Seeds:
+        """Each seed's gain over the base as a share of honest's mean gain, so that their mean is ``gain_kept``."""
+        mine, whole = self.gains(label)
+        return {s: gain / float(np.mean(list(whole.values()))) for s, gain in mine.items()}
 
     def no_gain(self, label: Label, kind: str | None = None) -> str | None:
         """Why gain kept is undefined for a label, in words; None where it is defined."""

@@ -16,7 +16,7 @@ from projected_grpo.config import UserError
 from projected_grpo.rollout import HEADLINE, LAST
 from projected_grpo.runs import json_lines
 from projected_grpo.studies.analysis import HONEST
-from projected_grpo.studies.tables import Table, terminal
+from projected_grpo.studies.layout import Table, terminal
 
 WORLD, AFTER = ("model", "data", "rl", "eval"), ("relearn_steps", "scales", "eval_every")
 """Groups of settings that change what there is to gain, and those in them that only say what is done afterwards."""

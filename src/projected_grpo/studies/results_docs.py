@@ -27,7 +27,7 @@ from typing import Any
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.rollout import LAST
-from projected_grpo.studies import stats, tables
+from projected_grpo.studies import layout, stats, tables
 from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis
 from projected_grpo.studies.run import STUDIES
 from projected_grpo.studies.stats import Interval
@@ -72,7 +72,7 @@ def section(a: Analysis, makers: Iterable[tables.Maker] = tables.TABLES) -> str:
     """A study's part of a page."""
     s = a.summary
     told = f"**H:** {s.H}  \nWhy: {s.why}  \nResolves: {s.resolve}"
-    parts = [f"## {s.name}", told, " ".join(tables.provenance(a)), *map(tables.markdown, tables.tables_of(a, makers))]
+    parts = [f"## {s.name}", told, " ".join(tables.provenance(a)), *map(layout.markdown, tables.tables_of(a, makers))]
     return "\n\n".join(parts)
 
 
@@ -126,8 +126,8 @@ def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> 
             rows.append((shown, n, *((x if " under " in m else x.mean) if x else None for m, x in found), what or None))
         elif label not in planned:
             raise UserError(f"table {name}: study {study} has no label {label!r}")
-    table = tables.made("", ("arm", "seeds", *spec["columns"], "what it is"), rows)
-    return tables.grid(table) if table else f"TODO: none of these rows is run yet (`just study {study}`)."
+    table = layout.made("", ("arm", "seeds", *spec["columns"], "what it is"), rows)
+    return layout.grid(table) if table else f"TODO: none of these rows is run yet (`just study {study}`)."
 
 
 def wrong(text: str, value: Interval) -> str | None:

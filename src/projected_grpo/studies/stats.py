@@ -263,6 +263,15 @@ def onsets(found: Sequence[int | None], horizons: Sequence[int]) -> Onsets:
     return Onsets(len(found), len(seen), median, max(horizons))
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 20_000) -> str:
+    """Spearman's ρ with its p of a permutation test (two-sided, seeded), in words; "–" where it is undefined."""
+    rho = lambda v: stats.spearmanr(v, y).statistic
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return "–"
+    p = stats.permutation_test((x,), rho, permutation_type="pairings", n_resamples=draws, rng=0).pvalue
+    return f"ρ = {rho(x):.2f}, p = {p:.2g}"
+
+
 @dataclass(frozen=True)
 class Detector:
     """How well a score tells hacks. auroc, ap None where there is one class only; f05 None without flags."""

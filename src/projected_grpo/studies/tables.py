@@ -1,20 +1,16 @@
-"""A study's tables, as data: an ``Analysis`` -> ``Table``, or None where there is nothing to tell.
-
-A table stays (title, heads, rows, note) until the last moment. ``markdown`` and ``terminal`` write it here; the
-report's page.html makes HTML of it.
-"""
+"""A study's tables, as data: an ``Analysis`` -> ``Table``, or None where there is nothing to tell."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import polars as pl
-from tabulate import tabulate
 
+from projected_grpo import arms
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.studies import stats
 from projected_grpo.studies.analysis import (
+    EARLY,
     LEARNABLE,
     METRICS,
     Analysis,
@@ -24,55 +20,8 @@ from projected_grpo.studies.analysis import (
     coin_of,
     control_of,
 )
+from projected_grpo.studies.layout import NOTHING, Table, made
 from projected_grpo.studies.summaries import PHASES, PROBE
-
-NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a table says. A cell is anything with a ``str``; None is nothing to tell."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[object, ...], ...]
-    note: str = ""
-
-    @property
-    def cells(self) -> list[list[str]]:
-        """The rows as they are printed."""
-        return [
-            [NOTHING if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in r] for r in self.rows
-        ]
-
-
-def made(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> Table | None:
-    """The table without the columns in which no row has anything; None without rows."""
-    found = [tuple(row) for row in rows]
-    kept = [i for i in range(len(heads)) if any(row[i] is not None for row in found)]
-    if not found:
-        return None
-    return Table(title, tuple(heads[i] for i in kept), tuple(tuple(r[i] for i in kept) for r in found), note)
-
-
-def grid(table: Table) -> str:
-    """A Markdown table that reads well raw too, without its title."""
-    cells = [[c.replace("|", "\\|") for c in row] for row in table.cells]
-    return tabulate(cells, headers=table.heads, tablefmt="pipe", disable_numparse=True)
-
-
-def markdown(table: Table) -> str:
-    """The table under its title, its note below."""
-    return "\n\n".join(part for part in (f"### {table.title}", grid(table), table.note) if part)
-
-
-def terminal(table: Table) -> str:
-    """The table as a terminal shows it, numbers to the right; its title is not printed."""
-    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.heads)
-    align = ["right" if all(c is None or isinstance(c, int | float) for c in column) else "left" for column in columns]
-    text = tabulate(table.cells, headers=table.heads, disable_numparse=True, colalign=align if table.rows else None)
-    return "\n\n".join(part for part in (text, table.note) if part)
-
 
 # --- cells ----------------------------------------------------------------------------------------------------------
 
@@ -370,6 +319,28 @@ def probes(a: Analysis) -> Table | None:
     return made("Recall of the acting detector and of the held-out probe", heads, rows, note)
 
 
+def ranks(a: Analysis) -> Table | None:
+    """By run, how well the detector that acts told hacks at first, and what is hacked in the end: random probes are
+    good or bad by luck, which makes them an experiment of their own.
+    """
+    rows, controls = [], []
+    for name, label in a.labels.items():
+        found = [a.early(name, column) for column in ("auroc", "caught", "false_alarm")]
+        hack, gain = a.deployed(name, "hack"), a.kept_by_seed(label)
+        for seed in sorted(found[0].keys() & hack.keys()) if label.obeys_flags else ():
+            rows.append((label.shown, seed, *(x.get(seed) for x in found), hack[seed], gain.get(seed)))
+            controls += [(found[0][seed], hack[seed])] * arms.ARMS[label.arm].is_control
+    if not controls:
+        return None
+    heads = ("label", "seed", "AUROC", "caught", "false alarm", "deployed hack", "gain kept")
+    note = (
+        f"AUROC, caught, false alarm: means over the first {EARLY} steps that have them. AUROC against deployed hack "
+        f"over the {len(controls)} runs of controls: {stats.rank_correlation(*zip(*controls, strict=True))}."
+    )
+    title = "What the detector that acts saw at first, and what is hacked in the end"
+    return made(title, heads, sorted(rows, key=lambda row: row[2]), note)
+
+
 def gradient(a: Analysis) -> Table | None:
     """cin beside its null, and what was removed: means over steps, then seeds."""
     columns = {
@@ -418,7 +389,7 @@ AGAINST_RANDOM = against("its random control", random_of)
 AGAINST_COIN = partial(differences, who="its coin control", of=tossed_of, measure="deploy_hack", what="Deployed hack")
 TABLES: tuple[Maker, ...] = (
     aim, h1, training, deployed, by_kind, *AGAINST_NONE, *AGAINST_RANDOM, AGAINST_COIN, by_mode, held_out, transfer,
-    gradient, detector, probes, relearning, scales,
+    gradient, detector, probes, ranks, relearning, scales,
 )  # fmt: skip
 """A study's tables, in the order of its page."""
 
