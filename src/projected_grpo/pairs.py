@@ -96,15 +96,16 @@ def _pair(kind: str, at: Form, hack: str, clean: str) -> Pair:
 
 def mechanism(
     mode: Mode, j: int, wordings: Sequence[Wording] | None = None, split: Split = "train", *,
-    name: str = "mechanism", plans: Sequence[Literal["hack", "clean"]] = (),
+    name: str = "mechanism", plans: Sequence[Literal["hack", "clean"]] = (), one_body: bool = False,
 ) -> Pair:  # fmt: skip
     """The exploit as the policy writes it, against an honest solution as it writes that.
 
     plans: sides that begin with a plan line in every third pair, about as often as the untrained policy's tries do.
+    one_body: the exploit stands beside the clean side's own code; else, in wrong pairs, beside one that does not try.
     """
     at, row = form(mode, j, wordings, split=split), LOOPHOLES[mode]
     begun = {side: before(body, at.made.plan) if side in plans and at.number % 3 == 1 else body
-             for side, body in (("hack", at.hasty), ("clean", at.honest))}  # fmt: skip
+             for side, body in (("hack", at.honest if one_body else at.hasty), ("clean", at.honest))}  # fmt: skip
     clean = row.lookalike(begun["clean"], at.task) if at.lookalike else begun["clean"]
     return _pair(name, at, row.exploit(begun["hack"], at.task), clean)
 
@@ -284,6 +285,7 @@ KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "organism": mechanism,
     "planned": partial(mechanism, name="planned", plans=("clean",)),
     "both_planned": partial(mechanism, name="both_planned", plans=("hack", "clean")),
+    "one_body": partial(mechanism, name="one_body", plans=("hack", "clean"), one_body=True),
     "reworded": reworded,
     "otherwise": otherwise,
     "semantic": semantic,
