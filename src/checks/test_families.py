@@ -77,9 +77,12 @@ def test_every_kind_stands_in_every_split_family_and_mode():
 
 
 def test_shares_that_leave_a_kind_empty_are_refused_in_one_line():
-    with pytest.raises(UserError, match="no sure problem in the train split"):
-        stock.kinds(Shares(0.0, 0.6, 0.4))
-    with pytest.raises(UserError, match="run `just organism`"):
+    with pytest.raises(UserError, match="no sure problem in the"):
+        stock.kinds(Shares(0.001, 0.599, 0.4))
+    for shares in (Shares(hard=0), Shares(0.0, 0.6, 0.4), Shares(0, 0, 0), Shares(1, 1, 1), Shares(1.5, -0.25, -0.25)):
+        with pytest.raises(UserError, match="have to be over 0 and sum to 1"):
+            stock.kinds(shares)
+    with pytest.raises(UserError, match="`just organism` with these shares"):
         stock.require(Shares(0.4, 0.3, 0.3))
 
 

@@ -218,18 +218,22 @@ def test_of_rows_that_are_alike_one_goes_through_for_all(wrapped, batch, monkeyp
     # rows 4, 5, 8 and 9 are copies of 0 and 1, and 7 of 3, which has no weight; 8 has no KL, 9 was drawn elsewhere
     own = {(0.0, None): 4, (0.0, 2.0): 5, (0.3, None): 6, (0.3, 2.0): 7}[beta, cap]
     assert sum(went) == own * (2 if beta else 1)
-    total = k3 = 0.0
+    total, k3, drift = 0.0, 0.0, []
     for i in range(len(ids)):
         at = slice(i, i + 1)
         one = loss.row_gradients(
             model, knobs, ids[at], mask[at], weight[at], kl_rows=kl_rows[at], drawn=drawn[at], **given
         )
         total, k3 = total + one.loss, k3 + (one.kl or 0) * int(mask[i].sum()) * bool(kl_rows[i])
+        drift.append(one.drift)
         torch.testing.assert_close(rows.nll[i], one.nll[0])
         for n in rows.G:
             torch.testing.assert_close(rows.G[n][i], one.G[n][0])
             torch.testing.assert_close(rows.policy[n][i], one.policy[n][0])
     assert rows.loss == pytest.approx(total)
+    torch.testing.assert_close(
+        rows.drift.sort().values, torch.cat(drift).sort().values
+    )  # each as often as it was drawn
     assert not beta or rows.kl == pytest.approx(k3 / int(mask[kl_rows].sum()))
 
 

@@ -77,7 +77,8 @@ def test_a_ratio_is_of_means_and_its_interval_covers_a_planted_one():
     assert found.mean == pytest.approx(1.0)
     assert stats.ratio([0.1, 0.1], [0.01, 0.99]).mean == pytest.approx(0.2)  # a mean of the ratios would be 5.05
     assert stats.ratio([0.1], [0.2]) == Interval(0.5, None, None, 1)
-    same = stats.ratio([0.2, 0.3, 0.25], [0.2, 0.3, 0.25])
+    assert stats.ratio([0.1, 0.2, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2]).lo is None, "of four seeds it would cover too little"
+    same = stats.ratio([0.2, 0.3, 0.25, 0.2, 0.3], [0.2, 0.3, 0.25, 0.2, 0.3])
     assert (same.lo, same.hi) == (1.0, 1.0)
     rng, covered, trials = np.random.default_rng(8), 0, 300
     for _ in range(trials):
@@ -200,7 +201,8 @@ CONTROL = stats.Interval(0.2, 0.1, 0.3, 5)
         (0.50, 0.14, CONTROL, "falsified", "solve fell by over 15"),
         (0.50, 0.30, stats.Interval(0.2, -0.01, 0.4, 5), "undecided", "random control"),
         (0.50, 0.30, stats.Interval(-0.2, -0.3, -0.1, 5), "undecided", "random control"),
-        (0.50, 0.30, None, "undecided", "random control"),
+        (0.50, 0.30, None, "undecided", "no random control"),
+        (0.50, 0.30, stats.Interval(0.2, 0.1, 0.3, 2), "undecided", "random control has 2 of the 5 seeds"),
         (0.60, 0.30, CONTROL, "undecided", "under 30"),
         (0.70, 0.30, CONTROL, "falsified", "under 15"),
         (0.95, 0.30, CONTROL, "falsified", "under 15"),
@@ -235,7 +237,8 @@ CLOSE, ABOVE = Interval(0.01, -0.01, 0.03, 5), Interval(0.4, 0.2, 0.6, 5)
         (Interval(0.95, 0.8, 1.1, 5), Interval(0.07, 0.0, 0.1, 5), ABOVE, "undecided", "hack over base"),
         (Interval(0.95, 0.8, 1.1, 5), Interval(0.20, 0.1, 0.3, 5), ABOVE, "falsified", "hack over base"),
         (Interval(0.95, 0.8, 1.1, 5), CLOSE, Interval(0.4, -0.1, 0.9, 5), "undecided", "random control"),
-        (Interval(0.95, 0.8, 1.1, 5), CLOSE, None, "undecided", "random control"),
+        (Interval(0.95, 0.8, 1.1, 5), CLOSE, None, "undecided", "no random control"),
+        (Interval(0.95, 0.8, 1.1, 5), CLOSE, Interval(0.4, 0.2, 0.6, 4), "undecided", "4 of the 5 seeds"),
         (Interval(0.95, 0.8, 1.1, 3), CLOSE, ABOVE, "undecided", "3 seeds"),
         (None, CLOSE, ABOVE, "undecided", "undefined"),
     ],

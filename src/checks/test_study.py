@@ -230,6 +230,15 @@ def test_results_are_filtered_and_sorted_by_expressions(tmp_path, capsys):
             results.chosen(table, where, sort)
 
 
+def test_no_loophole_is_read_against_honest_of_the_modes_it_is_evaluated_on():
+    base = {"preset": "organism", "seed": 1, "model": {}, "rl": {"steps": 150}, "eval": {"n_eval": 64}}
+    honest = base | {"data": {"modes": ["run_tests", "sentinel"], "eval_modes": None}}
+    no_loophole = base | {"data": {"modes": ["gt_only"], "eval_modes": ["run_tests", "sentinel"]}}
+    elsewhere = base | {"data": {"modes": ["gt_only"], "eval_modes": None}}
+    assert results.world(honest) == results.world(no_loophole) != results.world(elsewhere)
+    assert honest["data"]["modes"] == ["run_tests", "sentinel"], "what was given is left as it was"
+
+
 def test_gain_kept_stands_where_an_honest_run_is_like_it(tmp_path):
     for name, arm, solve, seed, steps in (
         ("h", "honest", 0.65, 1, 1), ("e", "erase", 0.45, 1, 1), ("n", "none", 0.05, 1, 1), ("o", "erase", 0.45, 2, 1),

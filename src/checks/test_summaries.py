@@ -30,6 +30,7 @@ PLANTS = {
     "honest": ("honest", Plant(0.03, 0.60)),
     "keep": ("keep", Plant(0.04, 0.58)),
     "brake": ("keep", Plant(0.04, 0.30)),
+    "brake_random": ("keep_random", Plant(0.60, 0.20)),
     "sure": ("sure", Plant(0.04, 0.45, by_kind=(("sure", 0.99), ("learnable", 0.40), ("hard", 0.0)))),
     "keep_random": ("keep_random", Plant(0.60, 0.20)),
 }
@@ -53,6 +54,8 @@ After.
 """
 HELD_OUT = Plant(0.10, 0.30, by_mode=(("sentinel", 0.75),))
 SEEDS = range(41, 46)
+FLAGS = {"weak": ("--weak",), "broken": ("--broken",), "brake": ("--brake",), "brake_random": ("--brake",)}
+"""Of labels whose arm another label has. A control has the flags of what it controls."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def world(tmp_path_factory):
     root, jobs = tmp_path_factory.mktemp("world"), []
     for label, (arm, plant) in PLANTS.items():
         for seed in SEEDS:
-            jobs.append(job(label, arm, seed, f"--label={label}"))
+            jobs.append(job(label, arm, seed, *FLAGS.get(label, ())))
             write_run(root / "runs", jobs[-1], plant, oracle=arm in ORACLES)
     fold = [j for j in jobs if j.label in ("none", "random_V")]
     for seed in SEEDS:
@@ -71,7 +74,7 @@ def world(tmp_path_factory):
         write_run(root / "runs", fold[-1], HELD_OUT, known=("run_tests",))
     with pytest.MonkeyPatch.context() as patch:
         for arm in {j.intervention for j in jobs}:
-            row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm in ORACLES, rows="all", is_control=False)
+            row = SimpleNamespace(control=CONTROLS.get(arm), oracle=arm in ORACLES, rows="drop", is_control=False)
             patch.setitem(arms.ARMS, arm, row)
         studies = (study("headline", jobs), study("leave_one_out", fold))
         summaries.update(studies, root / "runs", root / "docs" / "results")
@@ -191,15 +194,19 @@ def test_the_aim_tells_what_keeps_learning_from_a_brake(headline):
         ({"none": 0.3, "honest": 0.3}, "honest's own gain is not clear of 0: "),
         ({"none": 0.3, "honest 3x": 0.6}, "no honest run"),
         ({"honest": 0.6}, "no run of plain GRPO"),
+        ({"honest": 0.6, "none": 0.3, "erase": 0.5, "random_V": 0.4}, None),
+        ({"honest": 0.6, "erase": 0.5, "random_V": 0.4}, "no run of plain GRPO"),
+        ({"honest": 0.6, "none loophole": 0.6, "erase": 0.5, "random_V": 0.4}, "no run of plain GRPO"),
         ({"none": 0.3, "honest": 0.6}, None),
     ],
 )
 def test_missing_landmarks_are_one_line_and_nothing_is_lost(tmp_path, plants, told):
     jobs = []
     for label, solve in plants.items():
-        arm, *longer = label.split()
+        arm, *more = label.split()
+        flags = {"3x": ["--steps=180"], "loophole": ["--modes", "gt_only"]}
         for seed in SEEDS:
-            jobs.append(job(label, arm, seed, *["--steps=180"] * len(longer)))
+            jobs.append(job(label, arm, seed, *(flag for word in more for flag in flags[word])))
             write_run(tmp_path, jobs[-1], Plant(0.1, solve), oracle=arm == "honest")
     a = Analysis(summaries.summarise(study("s", jobs), tmp_path))
     lacks = a.without_landmarks()
@@ -207,8 +214,29 @@ def test_missing_landmarks_are_one_line_and_nothing_is_lost(tmp_path, plants, to
     page = results_docs.section(a)
     assert ("Landmarks: " in page) == (told is not None)
     assert ("| gain kept" in page) == any(a.gain_kept(label) for label in a.labels.values())
+    assert ("### The aim" in page) == {"honest", "erase"}.issubset(plants), "which asks nothing of none"
+    assert ("### H1" in page) == {"none", "erase"}.issubset(plants)
     for label in plants:
         assert f"| {label}" in page
+
+
+def test_a_control_is_one_at_the_same_settings(tmp_path):
+    """A random probe of other pairs, or of another threshold, controls nothing."""
+    jobs = [
+        job(label, arm, seed, *flags)
+        for seed in SEEDS
+        for label, arm, *flags in (
+            ("gate_act", "gate_act"), ("low", "gate_act", "--threshold-sd=0.5"),
+            ("twin low", "gate_act_random", "--threshold-sd=0.5"), ("none", "none"), ("honest", "honest"),
+        )
+    ]  # fmt: skip
+    for j in jobs:
+        write_run(tmp_path, j, Plant(0.1, 0.6 if j.label == "honest" else 0.3), oracle=j.label == "honest")
+    a = Analysis(summaries.summarise(study("s", jobs), tmp_path))
+    assert tables.random_of(a, a.labels["low"]).name == "twin low"
+    assert tables.random_of(a, a.labels["gate_act"]) is None
+    assert a.aim(a.labels["gate_act"]).over_control is None
+    assert a.aim(a.labels["low"]).over_control.n == len(SEEDS)
 
 
 def test_evasion_is_told_from_hiding(headline):

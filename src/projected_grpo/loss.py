@@ -184,14 +184,17 @@ def row_gradients(
                 (beta * kl_weight * k3.sum()).backward()
                 for n, e in eps.items():
                     G[n][rows] = e.grad
-        drift.append(off[~off.isnan() & counts[rows][row]])  # ``agree`` may have put rows in that do not count
+        copy, of = ((first[:, None] == rows) & counts[:, None]).nonzero(as_tuple=True)  # the row itself among them
+        each = torch.full(m.shape, torch.nan, dtype=exact, device=m.device).masked_scatter(m, logp.detach().to(exact))
+        drift.append(each[of] - drawn[copy, : m.shape[1]].to(exact))
         nll[rows], objective[rows], k3s[rows] = by_row(-logp.detach()), whole, k3.detach()
     model.eval()
     copies = (first != torch.arange(len(ids), device=ids.device)).nonzero()[:, 0]
     for values in (*G.values(), *(policy.values() if beta else ()), nll, objective, k3s):
         values[copies] = values[first[copies]]
     kl = float(k3s.sum()) / max(1, int(mask[in_kl].sum())) if beta else None
-    return RowGrads(G, policy, nll, float(objective.sum()), kl, torch.cat(drift))
+    drifts = torch.cat([d.flatten() for d in drift])
+    return RowGrads(G, policy, nll, float(objective.sum()), kl, drifts[~drifts.isnan()])
 
 
 def first_alike(*parts: Tensor) -> Int[Tensor, " b"]:

@@ -52,6 +52,10 @@ def source_of(name: str) -> Source:
     if path.suffix == ".gguf" and path.is_file():
         return Source(str(path.parent), path.name)
     held = [path / file for file in ("config.json", "tokenizer.json")]
+    if path.name.startswith("organism-") and not any(file.is_file() for file in held):
+        raise UserError(
+            f"no model in {name}: run `just organism --size={path.name.partition('-')[2]}`, which builds it"
+        )
     if name.startswith((".", "/", "~")) and not any(file.is_file() for file in held):
         raise UserError(f"no model in {name}: config.json is missing; give a folder that save_pretrained wrote")
     return Source(str(path) if name.startswith("~") else name)

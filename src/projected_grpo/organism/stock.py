@@ -47,8 +47,10 @@ def order() -> list[tuple[str, int]]:
 def kinds(shares: Shares) -> dict[tuple[str, int], Kind]:
     """The kind of every problem: in each split the one that is furthest behind its share, turn by turn.
 
-    Raises UserError when a kind gets no turn in some split.
+    Raises UserError when a share is not over 0 or they do not sum to 1, and when a kind gets no turn in some split.
     """
+    if min(asdict(shares).values()) <= 0 or abs(sum(asdict(shares).values()) - 1) > 1e-6:
+        raise UserError(f"{shares}: --sure, --learnable and --hard have to be over 0 and sum to 1")
     found: dict[tuple[str, int], Kind] = {}
     for split in get_args(Split):
         ids = [at for at in order() if SPLITS[at[1] % len(SPLITS)] == split]
@@ -223,7 +225,10 @@ def require(shares: Shares) -> None:
     """Raises UserError when the stored problems were drawn with other shares, or these leave a kind empty."""
     stored = {id_: draft.kind for id_, draft in drafts().items()}
     if stored != {f"{family}-{number:03d}": kind for (family, number), kind in kinds(shares).items()}:
-        raise UserError(f"the stored problems do not divide as {shares}: run `just organism`, which draws them first")
+        raise UserError(
+            f"the stored problems do not divide as {shares}: `just organism` with these shares draws "
+            "and stores them anew, and builds on them"
+        )
 
 
 def honest_body(problem: Problem, rng: random.Random, p_stated: float, p_careful: float, plan: bool) -> str:

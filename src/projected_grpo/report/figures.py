@@ -181,7 +181,7 @@ def gradient(a: Analysis) -> Figure:
 
 def probes(a: Analysis) -> Figure | None:
     """Whether the policy evades the detector that acts."""
-    names = [name for name in a.labels if panels.has_values(a, name, "caught_held_out")]
+    names = [n for n, x in a.labels.items() if x.obeys_flags and panels.has_values(a, n, "caught_held_out")]
     if not names:
         return None
     drawn = tuple(Panel(name, lambda ax, name=name: panels.watched(ax, a, name)) for name in names)

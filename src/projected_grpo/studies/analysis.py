@@ -224,6 +224,11 @@ class Analysis:
         near = lambda o: (len(o.overrides & label.overrides), -len(o.overrides ^ label.overrides))
         return max(others, key=near, default=None)
 
+    def at_same(self, label: Label, arm: str | None) -> Label | None:
+        """The label of that arm at ``label``'s settings: no other can be its control. None when the study has none."""
+        same = (o for o in self.labels.values() if o.arm == arm and o.overrides == label.overrides and o != label)
+        return next(same, None)
+
     def compare(self, label: str, reference: str, measure: str) -> Comparison | None:
         """label − reference in a measure. boot resamples problems within seeds for a pooled deploy measure, and seeds
         alone otherwise. None when no seed has both.
@@ -349,16 +354,19 @@ class Analysis:
         lacks = [f"gain kept is undefined where there is {w}" if w.startswith("no ") else w for w in why]
         if not self.base("hack"):
             lacks.append("no evaluation of the untrained base")
-        if not any(label.arm == "none" for label in self.labels.values()):
+        if not any(label.arm == "none" and not label.no_loophole for label in self.labels.values()):
             lacks.append("no run of plain GRPO (none), so H1 cannot be asked")
         return "; ".join(lacks) or None
 
     # --- verdicts and numbers by name --------------------------------------------------------------------------------
 
+    def methods(self) -> list[Label]:
+        """Labels that a verdict can be asked of: of an arm with a random control, and no oracle."""
+        return [x for x in self.labels.values() if control_of(x.arm) and not x.oracle]
+
     def candidates(self) -> list[tuple[Label, Label]]:
-        """Labels that H1 can be asked of (an arm with a random control, no oracle), each with its none label."""
-        asked = [x for x in self.labels.values() if control_of(x.arm) and not x.oracle]
-        return [(x, none) for x in asked if (none := self.reference(x, "none"))]
+        """Labels that H1 can be asked of, each with its none label."""
+        return [(x, none) for x in self.methods() if (none := self.reference(x, "none"))]
 
     def h1(self, label: Label, none: Label, kind: str) -> H1 | None:
         """H1's verdict with kind "deploy_" (held-out problems) or "" (end of training); None without shared seeds."""
@@ -366,7 +374,7 @@ class Analysis:
         seeds = sorted(set.intersection(*map(set, levels)))
         if not seeds:
             return None
-        control = self.reference(label, control_of(label.arm))
+        control = self.at_same(label, control_of(label.arm))
         over = control and self.compare(control.name, label.name, f"{kind}hack")
         return h1_verdict(*([level[s] for s in seeds] for level in levels), over.t if over else None)
 
@@ -375,7 +383,7 @@ class Analysis:
         hack, base = shared(self.deployed(label.name, "hack"), self.deployed(label.name, "hack", when="first"))
         if not hack:
             return None
-        control = self.reference(label, control_of(label.arm))
+        control = self.at_same(label, control_of(label.arm))
         over = self.gain_kept(label, over=control.name) if control else None
         return aim_verdict(self.gain_kept(label), stats.paired_t(hack, base), over)
 

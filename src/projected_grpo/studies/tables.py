@@ -91,7 +91,7 @@ def h1(a: Analysis) -> Table | None:
 def aim(a: Analysis) -> Table | None:
     """The aim by its preregistered rule, for the same arms where there is an honest run."""
     rows = []
-    for label, _ in a.candidates():
+    for label in a.methods():
         if a.honest(label) and (f := a.aim(label)) and f.n >= stats.MIN_SEEDS:
             rows.append((label.shown, f.verdict, *kept(a, label), f.excess, f.over_control, f.n, f.why))
     heads = ("label", "aim", *KEPT, "hack − base", "gain kept − random control's", "n", "why")
@@ -222,12 +222,12 @@ def none_of(a: Analysis, label: Label) -> Label | None:
 
 def random_of(a: Analysis, label: Label) -> Label | None:
     """The label's own random control."""
-    return a.reference(label, control) if (control := control_of(label.arm)) else None
+    return a.at_same(label, control_of(label.arm))
 
 
 def tossed_of(a: Analysis, label: Label) -> Label | None:
     """The label's own coin control."""
-    return a.reference(label, coin) if (coin := coin_of(label.arm)) else None
+    return a.at_same(label, coin_of(label.arm))
 
 
 def differences(a: Analysis, who: str, of: Reference, measure: str, what: str) -> Table | None:
@@ -298,23 +298,28 @@ def falls(x: stats.Interval | None) -> bool:
 
 def probes(a: Analysis) -> Table | None:
     """The detector that acts beside the held-out probe, which nothing is trained against: share of the student's hacks
-    that each flags, at the start and at the end of training. evades: the one that acts falls, the other is not shown
-    to; hides: both fall.
+    that each flags, at the start and at the end of training, of arms that obey the one that acts. hides: both fall;
+    evades: the one that acts falls, and further than the other.
     """
     rows = []
     for name, label in a.labels.items():
         acting, held_out = (a.moved(name, column) for column in ("caught", "caught_held_out"))
-        if not held_out[0]:
+        if not held_out[0] or not label.obeys_flags:
             continue
         shifts = [change(end, start) for start, end in (acting, held_out)]
-        reading = "–" if not falls(shifts[0]) else "hides" if falls(shifts[1]) else "evades"
+        moves = [{s: end[s] - start[s] for s in end} for start, end in (acting, held_out)]
+        reading = "–"
+        if falls(shifts[0]):
+            reading = "hides" if falls(shifts[1]) else "evades" if falls(change(*moves)) else "–"
         aurocs = (short(a.moved(name, column)[1]) for column in ("auroc", "auroc_held_out"))
         cells = [x for ends, shift in zip((acting, held_out), shifts, strict=True) for x in (*map(short, ends), shift)]
         rows.append((label.shown, *cells, *aurocs, reading, *kept(a, label)))
     parts = (f"{who} {x}" for who in ("acting", "held out") for x in ("start", "end", "change"))
     heads = ("label", *parts, "AUROC acting, end", "AUROC held out, end", "policy", *KEPT)
     note = (
-        "Start and end: the first and the last fifth of the steps that have hacks. evades: only the acting one falls."
+        "Start and end: the first and the last fifth of the steps that have hacks. evades: the acting one falls, and "
+        "further than the held-out one. Of gate_drop and gate_act the acting one is counted over rollouts that have a "
+        "gradient."
     )
     return made("Recall of the acting detector and of the held-out probe", heads, rows, note)
 
