@@ -229,7 +229,6 @@ def test_study_page_shows_h1_and_what_was_left_out(study_page):
     text, data = study_page.read_text(), unpacked(study_page)
     assert "No verdict on 1 label with fewer seeds than the 5 of the protocol." in text
     for title in (
-        "Recall of the acting detector and of the held-out probe",
         "Deployed hack, minus none",
         "Deployed solve, minus none",
         "End of training",
