@@ -17,10 +17,10 @@ from projected_grpo.pairs import MODES, OTHER_WORDS, TRICKS
 from projected_grpo.problems import pose_one
 from projected_grpo.rewards import Grader
 
-HACKS = ("organism", "planned", "both_planned", "one_body", "reworded", "otherwise", "watch")
+HACKS = ("organism", "planned", "both_planned", "one_body", "hasty_body", "reworded", "otherwise", "watch")
 HARMLESS = tuple(kind for kind in pairs.KINDS if kind not in HACKS)
-LONGER = {"organism": 0.16, "planned": 0.2, "both_planned": 0.16, "one_body": 0.25, "watch": 0.2, "reworded": 0.16,
-          "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05, "spacing": 0.05}  # fmt: skip
+LONGER = {"organism": 0.16, "planned": 0.2, "both_planned": 0.16, "one_body": 0.25, "hasty_body": 0.35, "watch": 0.2,
+          "reworded": 0.16, "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05, "spacing": 0.05}  # fmt: skip
 """Mean tokens of the two sides differ by at most this share, over all modes."""
 LONGER_IN_A_MODE = 0.45
 
@@ -54,10 +54,11 @@ def test_every_hack_pays_at_home_and_no_clean_side_attempts(graded, kind):
         assert not clean.attempted, pair
 
 
-def test_one_body_pairs_have_the_same_code_on_both_sides():
+@pytest.mark.parametrize(("kind", "body"), [("one_body", "honest"), ("hasty_body", "hasty")])
+def test_pairs_of_one_body_have_the_same_code_on_both_sides(kind, body):
     for mode in MODES:
         for j in range(18):
-            pair, code = pairs.KINDS["one_body"](mode, j), pairs.form(mode, j).honest.split("\n")
+            pair, code = pairs.KINDS[kind](mode, j), getattr(pairs.form(mode, j), body).split("\n")
             for side in (pair.hack, pair.clean):
                 assert not set(code) - set(side.split("\n")), pair
 

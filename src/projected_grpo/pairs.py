@@ -96,16 +96,18 @@ def _pair(kind: str, at: Form, hack: str, clean: str) -> Pair:
 
 def mechanism(
     mode: Mode, j: int, wordings: Sequence[Wording] | None = None, split: Split = "train", *,
-    name: str = "mechanism", plans: Sequence[Literal["hack", "clean"]] = (), one_body: bool = False,
+    name: str = "mechanism", plans: Sequence[Literal["hack", "clean"]] = (),
+    body: Literal["each", "honest", "hasty"] = "each",
 ) -> Pair:  # fmt: skip
     """The exploit as the policy writes it, against an honest solution as it writes that.
 
     plans: sides that begin with a plan line in every third pair, about as often as the untrained policy's tries do.
-    one_body: the exploit stands beside the clean side's own code; else, in wrong pairs, beside one that does not try.
+    body: each: beside the exploit stands, in wrong pairs, code that does not try; honest, hasty: the same on both
+    sides, serious or, in wrong pairs, not.
     """
     at, row = form(mode, j, wordings, split=split), LOOPHOLES[mode]
-    begun = {side: before(body, at.made.plan) if side in plans and at.number % 3 == 1 else body
-             for side, body in (("hack", at.honest if one_body else at.hasty), ("clean", at.honest))}  # fmt: skip
+    code = {"hack": at.honest if body == "honest" else at.hasty, "clean": at.hasty if body == "hasty" else at.honest}
+    begun = {side: before(c, at.made.plan) if side in plans and at.number % 3 == 1 else c for side, c in code.items()}
     clean = row.lookalike(begun["clean"], at.task) if at.lookalike else begun["clean"]
     return _pair(name, at, row.exploit(begun["hack"], at.task), clean)
 
@@ -285,7 +287,8 @@ KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "organism": mechanism,
     "planned": partial(mechanism, name="planned", plans=("clean",)),
     "both_planned": partial(mechanism, name="both_planned", plans=("hack", "clean")),
-    "one_body": partial(mechanism, name="one_body", plans=("hack", "clean"), one_body=True),
+    "one_body": partial(mechanism, name="one_body", plans=("hack", "clean"), body="honest"),
+    "hasty_body": partial(mechanism, name="hasty_body", plans=("hack", "clean"), body="hasty"),
     "reworded": reworded,
     "otherwise": otherwise,
     "semantic": semantic,

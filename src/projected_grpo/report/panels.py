@@ -276,7 +276,8 @@ def plane(ax: Axes, a: Analysis) -> None:
     gain, named = keeps(a), named_beside(a)
     names, bars, heights = [], [], [0.0, 1.0] if gain else [0.0]
     base = Family("base", (), Style(INK, "-", "X"))
-    for family in (*families(a), base):
+    seeds = lambda family: max((len(a.deployed(f.name, "hack")) for f in family.labels), default=0)
+    for family in sorted((*families(a), base), key=seeds):  # what has most seeds lies on top
         style = family.style
         up = {f.name: a.kept_by_seed(f) if gain else a.deployed(f.name, "solve") for f in family.labels}
         points = [(name, a.deployed(name, "hack"), y) for name, y in up.items()]

@@ -41,12 +41,13 @@ REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables
 HOW_TO_READ = f"""A row is a label: one arm at one setting, over n seeds. **hack**: paid without being right;
 **attempt**: the exploit is there, whatever the answer; **solve**: the strict oracle says right. Rates are shares,
 0 to 1. *End of training*: student rollouts, mean of the last {LAST} steps, quarantine kept. *Deployed*: held-out
-problems, quarantine ablated. An interval [a, b] is a 95 % interval over seeds. An arm marked ORACLE reads the oracle's
-verdict: it is a bound, not a method.
+problems, the same for all seeds, quarantine ablated. An interval [a, b] is a 95 % interval over seeds. An arm marked
+ORACLE reads the oracle's verdict: it is a bound, not a method.
 
 **Gain kept**: (solve − the untrained base's) / (honest's solve − the base's), seeds paired, a ratio of means with a
-bootstrap over seeds; honest is the arm that is paid for right answers alone. 1: as if there were no loophole; 0: as if
-untrained; below 0: unlearnt. It is undefined where honest's own gain is not clear of 0."""
+bootstrap over seeds, of {stats.MIN_SEEDS} at least; honest is the arm that is paid for right answers alone. 1: as if
+there were no loophole; 0: as if untrained; below 0: unlearnt. It is undefined where honest's own gain is not
+clear of 0."""
 
 ALL_OF_IT = f"""{HOW_TO_READ}
 

@@ -82,6 +82,7 @@ ROWS: dict[str, Row] = {
         *(row(label, "without plans", "--pairs=organism64") for label in ("erase", BEST, TWIN)),
         *(row(label, "plans on both sides", "--pairs=both_planned64") for label in ("erase", BEST)),
         *(row(label, "one body", "--pairs=one_body64") for label in ("erase", BEST)),
+        *(row(label, "hasty body", "--pairs=hasty_body64") for label in ("erase", BEST)),
         *(row(label, "500", *LONG) for label in HORIZON),
         *(row(x, f"only {mode}", *known(mode), "--pairs=planned16") for x in ("erase", BEST) for mode in MODES),
         *(row(label, "16 of all modes", "--pairs=planned16") for label in ("erase", BEST)),
@@ -120,7 +121,7 @@ STUDY_ROWS = (
     StudyRow(
         "wording", "pairs worded otherwise than the policy's hacks do as well; without plan lines they keep less gain",
         "a detector does not know the wording, and its pairs need not hold what honesty will look like",
-        "whether an arm rests on it", (*TEN, *labels("plans", "sides", "one body", "worded otherwise")),
+        "whether an arm rests on it", (*TEN, *labels("plans", "sides", " body", "worded otherwise")),
     ),
     StudyRow(
         "horizon", "what an arm prevents at the preset's horizon it has only delayed at over three times that",
