@@ -24,7 +24,7 @@ from projected_grpo.data_types import Wording
 from projected_grpo.report import data as report_data
 from projected_grpo.report import figures, looks
 from projected_grpo.report import page as report
-from projected_grpo.studies import summaries
+from projected_grpo.studies import summaries, tables
 from projected_grpo.studies.analysis import Analysis, Label
 
 PLANTS = {
@@ -223,6 +223,17 @@ def test_several_runs_make_a_report_labelled_by_their_flags(runs):
         found = report_data.material(tuple(named), home, runs)
         assert list(found.analysis.labels) == ["none --lr=0.01", "erase --lr=0.01"]
         assert not found.single
+
+
+def test_a_study_page_leaves_out_no_figure_and_no_table(monkeypatch):
+    """Of a study that has most of them."""
+    a = Analysis(summaries.load(Path(__file__).parents[2] / "docs" / "results" / "controls"))
+    monkeypatch.setattr(report, "drawn", lambda figure: figure)
+    found = report.sections(report_data.Material("controls", a, {}, {}, [], {}, {}))
+    blocks = [getattr(block, "title", None) for section in found for block in section.blocks]
+    assert {figure.title for figure in figures.figures_of(a)} <= set(blocks)
+    assert {table.title for table in tables.tables_of(a)} <= set(blocks)
+    assert any(section.anchor == "ranks" for section in found)
 
 
 def test_study_page_shows_h1_and_what_was_left_out(study_page):

@@ -48,7 +48,7 @@ def hidden_layers(depth: tuple[float, float], n: int) -> list[int]:
 
 
 @contextmanager
-def reading(decoder: nn.Module, layers: Collection[int]) -> Iterator[dict[int, Float[Tensor, "b s d"]]]:
+def states_of(decoder: nn.Module, layers: Collection[int]) -> Iterator[dict[int, Float[Tensor, "b s d"]]]:
     """Inside, a forward leaves the hidden states of these layers in the dict yielded, 1 after the first layer, and runs
     no layer behind the last of them. What a model's ``hidden_states`` hold, the last with the final norm.
     """
@@ -79,13 +79,13 @@ def pooled(
     """
     if not readings:
         return {}
-    n, decoder = model.config.get_text_config().num_hidden_layers, model.get_decoder()
-    layers = {r: hidden_layers(r.depth, n) for r in readings}
+    config, decoder = model.config.get_text_config(), model.get_decoder()
+    layers = {r: hidden_layers(r.depth, config.num_hidden_layers) for r in readings}
     first = loss.first_alike(ids, mask)
     lots = loss.lots(mask, first.unique(), micro_batch, lot_tokens)
-    found = {r: torch.zeros(len(ids), model.config.get_text_config().hidden_size, device=ids.device) for r in readings}
+    found = {r: torch.zeros(len(ids), config.hidden_size, device=ids.device) for r in readings}
     for lot, i, m in (loss.trimmed(ids, mask, lot) for lot in (agree(lots, mask) if agree else lots)):
-        with reading(decoder, sorted({i for of in layers.values() for i in of})) as states:
+        with states_of(decoder, sorted({i for of in layers.values() for i in of})) as states:
             decoder(input_ids=i, use_cache=False)
         written = torch.nn.functional.pad(m, (1, 0))  # mask[t] speaks of token t+1
         for r in readings:

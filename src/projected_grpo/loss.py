@@ -149,11 +149,12 @@ def row_gradients(
     drawn = torch.full_like(mask, torch.nan, dtype=exact) if drawn is None else drawn
     in_kl = torch.full_like(weight, bool(beta), dtype=torch.bool) if kl_rows is None else kl_rows & bool(beta)
     nll, objective, k3s = torch.zeros(3, len(ids), dtype=exact, device=ids.device)
-    drift = [nll.new_zeros(0)]
+    drift = []
     counts = (weight != 0) | in_kl
     alike = (ids, mask, weight, in_kl) if cap is None else (ids, mask, weight, in_kl, drawn.nan_to_num(1.0))
     first = first_alike(*alike)
-    live = (counts & (first == torch.arange(len(ids), device=ids.device))).nonzero()[:, 0]
+    copies = first != torch.arange(len(ids), device=ids.device)
+    live = (counts & ~copies).nonzero()[:, 0]
     # transformers checkpoints in training mode only; there is no dropout
     model.train(checkpoints(model))
     made = lots(mask, live, micro_batch, lot_tokens)
@@ -186,15 +187,14 @@ def row_gradients(
                     G[n][rows] = e.grad
         copy, of = ((first[:, None] == rows) & counts[:, None]).nonzero(as_tuple=True)  # the row itself among them
         each = torch.full(m.shape, torch.nan, dtype=exact, device=m.device).masked_scatter(m, logp.detach().to(exact))
-        drift.append(each[of] - drawn[copy, : m.shape[1]].to(exact))
+        drift.append((each[of] - drawn[copy, : m.shape[1]].to(exact)).flatten())
         nll[rows], objective[rows], k3s[rows] = by_row(-logp.detach()), whole, k3.detach()
     model.eval()
-    copies = (first != torch.arange(len(ids), device=ids.device)).nonzero()[:, 0]
     for values in (*G.values(), *(policy.values() if beta else ()), nll, objective, k3s):
         values[copies] = values[first[copies]]
     kl = float(k3s.sum()) / max(1, int(mask[in_kl].sum())) if beta else None
-    drifts = torch.cat([d.flatten() for d in drift])
-    return RowGrads(G, policy, nll, float(objective.sum()), kl, drifts[~drifts.isnan()])
+    off = torch.cat([nll.new_zeros(0), *drift])
+    return RowGrads(G, policy, nll, float(objective.sum()), kl, off[~off.isnan()])
 
 
 def first_alike(*parts: Tensor) -> Int[Tensor, " b"]:

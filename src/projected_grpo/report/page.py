@@ -238,6 +238,7 @@ def sections(m: Material) -> list[Section]:
             Section("modes", "By mode", of("modes")),
             Section("gradient", "What V sees", [*of("gradient"), *some(t.gradient, t.detector)]),
             Section("evasion", "Evasion", [*of("probes"), *some(t.probes)]),
+            Section("ranks", "What the detector sees", [*of("ranks"), *some(t.ranks)]),
             Section("overlap", "Basis overlap", of("overlap")),
             Section("after", "After deployment", [*of("relearning"), *some(t.relearning, t.scales)]),
             *rollouts,
