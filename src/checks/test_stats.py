@@ -247,3 +247,18 @@ def test_the_aim_by_its_rule(gain, excess, control, verdict, why):
     found = aim_verdict(gain, excess, control)
     assert found.verdict == verdict
     assert why in found.why
+
+
+@pytest.mark.parametrize(
+    ("under", "verdict", "why"),
+    [
+        (ABOVE, "supported", "above 0"),
+        (CLOSE, "falsified", "not shown to hack less"),  # its interval has 0 in it
+        (Interval(-0.4, -0.6, -0.2, 5), "falsified", "not shown"),
+        (Interval(0.4, 0.2, 0.6, 4), "undecided", "4 of the 5 seeds"),
+        (None, "undecided", "no random control"),
+    ],
+)
+def test_h2_by_its_rule(under, verdict, why):
+    found, told = stats.h2_verdict(under)
+    assert (found, why in told) == (verdict, True)

@@ -52,7 +52,8 @@ stale
 
 After.
 """
-HELD_OUT = Plant(0.10, 0.30, by_mode=(("sentinel", 0.75),))
+HELD_OUT = Plant(0.10, 0.30, by_mode=(("sentinel", 0.35),))
+HELD_OUT_RANDOM = Plant(0.80, 0.30, by_mode=(("sentinel", 0.80),))
 SEEDS = range(41, 46)
 FLAGS = {"weak": ("--weak",), "broken": ("--broken",), "brake": ("--brake",), "brake_random": ("--brake",)}
 """Of labels whose arm another label has. A control has the flags of what it controls."""
@@ -70,6 +71,8 @@ def world(tmp_path_factory):
     for seed in SEEDS:
         fold.append(job("drop but sentinel", "drop", seed, "--known-modes=rest"))
         write_run(root / "runs", fold[-1], HELD_OUT, known=tuple(m for m in MODES if m != "sentinel"))
+        fold.append(job("drop_random but sentinel", "drop_random", seed, "--known-modes=rest"))
+        write_run(root / "runs", fold[-1], HELD_OUT_RANDOM, known=tuple(m for m in MODES if m != "sentinel"))
         fold.append(job("drop only run_tests", "drop", seed, "--known-modes=run_tests"))
         write_run(root / "runs", fold[-1], HELD_OUT, known=("run_tests",))
     with pytest.MonkeyPatch.context() as patch:
@@ -147,9 +150,16 @@ def test_the_held_out_mode_is_told_from_the_known(world):
     a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
     label = a.labels["drop but sentinel"]
     assert label.heldout == ("sentinel",)
-    assert np.mean(list(a.pooled(label.name, "hack", label.heldout).values())) == pytest.approx(0.75, abs=0.1)
+    assert np.mean(list(a.pooled(label.name, "hack", label.heldout).values())) == pytest.approx(0.35, abs=0.1)
     known = [m for m in MODES if m != "sentinel"]
     assert np.mean(list(a.pooled(label.name, "hack", known).values())) == pytest.approx(0.10, abs=0.05)
+
+
+def test_h2_is_read_on_the_mode_left_out_against_the_random_control(world):
+    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    (row,) = tables.h2(a).rows  # a single known mode has no control here, random_V is one itself
+    assert row[:3] == ("drop but sentinel", "sentinel", "supported")
+    assert row[5].mean == pytest.approx(0.45, abs=0.1)
 
 
 def test_modes_like_the_known_one_are_told_from_those_unlike_it(world):
@@ -158,7 +168,7 @@ def test_modes_like_the_known_one_are_told_from_those_unlike_it(world):
     label, known, like, unlike, *cells = row
     assert (label, known, like, unlike) == ("drop only run_tests", "run_tests", "stdout_marker file_marker", "sentinel")
     left = [float(c.split(" of ")[0]) for c in cells]
-    assert left == pytest.approx([0.10, 0.10, 0.75], abs=0.1)
+    assert left == pytest.approx([0.10, 0.10, 0.35], abs=0.1)
     assert all(float(c.split(" of ")[1]) == pytest.approx(0.80, abs=0.1) for c in cells)
 
 

@@ -132,12 +132,12 @@ def drawn(figure: Figure) -> Drawings:
 
 
 def verdicts(m: Material) -> list[Block]:
-    """The aim's and H1's verdicts, for every arm that they can be asked of."""
+    """The verdicts by the rules of docs/spec.md, for every arm that they can be asked of."""
     few = tables.not_asked(m.analysis)
     told = (
         "By the rules of docs/spec.md, read on each arm with a random control: it takes none, and for the aim honest."
     )
-    return [" ".join(filter(None, (told, few))), *tables_of(m.analysis, (tables.aim, tables.h1))]
+    return [" ".join(filter(None, (told, few))), *tables_of(m.analysis, tables.VERDICTS)]
 
 
 def before_after(m: Material) -> list[Block]:

@@ -84,7 +84,7 @@ def results_page(analyses: Sequence[Analysis]) -> str:
         "Written by `just results-docs` from the summaries in docs/results/, which writes each study's other tables to"
     )
     parts = ["# Results", f"{told} outputs/results/.", HOW_TO_READ]
-    return "\n\n".join((*parts, *(section(a, (tables.aim, tables.h1, tables.deployed)) for a in analyses))) + (
+    return "\n\n".join((*parts, *(section(a, (*tables.VERDICTS, tables.deployed)) for a in analyses))) + (
         "\n" if analyses else f"\n\n{none}\n"
     )
 

@@ -401,6 +401,17 @@ def aim_verdict(
     return Aim(verdict, gain, excess, over_control, why)
 
 
+def h2_verdict(under_control: Interval | None, min_seeds: int = MIN_SEEDS) -> tuple[Ruling, str]:
+    """H2's verdict and why, for the modes that the pairs do not know. under_control: hack there, random control − arm.
+
+    supported: its interval lies above 0. falsified: it does not. undecided: too few seeds, or no control.
+    """
+    unbeaten = not_over(under_control, min_seeds, "hack less than")
+    if under_control is None or under_control.n < min_seeds:
+        return "undecided", unbeaten
+    return ("falsified", unbeaten) if unbeaten else ("supported", "its interval lies above 0")
+
+
 def clear_above(x: Interval | None) -> bool:
     """There is an interval, and it lies above 0."""
     return x is not None and x.excludes_zero and x.mean > 0

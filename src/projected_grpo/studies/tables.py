@@ -98,6 +98,21 @@ def aim(a: Analysis) -> Table | None:
     return made("The aim", heads, rows)
 
 
+def h2(a: Analysis) -> Table | None:
+    """H2 by its preregistered rule: hack on the modes left out against the arm's random control, at five seeds."""
+    rows = []
+    for label in a.methods():
+        control = random_of(a, label)
+        mine, its = (a.pooled(x.name, "hack", label.heldout) if x else {} for x in (label, control))
+        under = change(its, mine)
+        if under and under.n >= stats.MIN_SEEDS:
+            verdict, why = stats.h2_verdict(under)
+            rows.append((label.shown, " ".join(label.heldout), verdict, mean(mine), mean(its), under, *kept(a, label),
+                         under.n, why))  # fmt: skip
+    heads = ("label", "left out", "H2", "hack there", "random control's", "under it by", *KEPT, "n", "why")
+    return made("H2, hack on the mode left out", heads, rows)
+
+
 def not_asked(a: Analysis) -> str | None:
     """That some labels have too few seeds for a verdict."""
     asked = [a.h1(label, none, "") for label, none in a.candidates()]
@@ -392,8 +407,9 @@ Maker = Callable[[Analysis], Table | None]
 AGAINST_NONE = against("none", none_of)
 AGAINST_RANDOM = against("its random control", random_of)
 AGAINST_COIN = partial(differences, who="its coin control", of=tossed_of, measure="deploy_hack", what="Deployed hack")
+VERDICTS: tuple[Maker, ...] = (aim, h1, h2)
 TABLES: tuple[Maker, ...] = (
-    aim, h1, training, deployed, by_kind, *AGAINST_NONE, *AGAINST_RANDOM, AGAINST_COIN, by_mode, held_out, transfer,
+    *VERDICTS, training, deployed, by_kind, *AGAINST_NONE, *AGAINST_RANDOM, AGAINST_COIN, by_mode, held_out, transfer,
     gradient, detector, probes, ranks, relearning, scales,
 )  # fmt: skip
 """A study's tables, in the order of its page."""
