@@ -82,6 +82,7 @@ def steps_of(plant: Plant, rng: np.random.Generator) -> list[dict]:
             "caught_held_out": rise(step, 30, 0.8, plant.watched) if step % 3 else None,
             "auroc_held_out": None if step % 3 == 0 else 0.8,
             "basis_overlap": 0.6 if step == 10 else None,
+            "basis_turned": 0.3 if step == 10 else None,
             "sec_gen": 1.0, "sec_grade": 0.5, "sec_train": 1.5,
         }  # fmt: skip
         rows.append({"step": step, **shares, **by_mode, "n_by_mode": dict.fromkeys(MODES, 16), **diagnostics})

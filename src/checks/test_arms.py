@@ -18,7 +18,7 @@ from projected_grpo.antipasto import Knobs
 from projected_grpo.arms import ARMS, Arm
 from projected_grpo.config import PRESETS, VHackCfg
 from projected_grpo.extract_vhack_grad import HackBasis
-from projected_grpo.train import apply_step, make_optimizer, one_step
+from projected_grpo.train import apply_step, clip_scale, make_optimizer, one_step
 
 WIDTHS = {"a": 4, "b": 3}
 REWARDS = torch.tensor([3.5, 0.0, 0.5, 3.5], dtype=torch.float64)
@@ -74,8 +74,6 @@ def longhand(arm: Arm, N, V: HackBasis, real: HackBasis) -> tuple[dict, dict | N
     match arm.rows:
         case "drop":  # row 0 is flagged and has A > 0; row 1 is flagged and has A < 0
             advantage[0] = 0.0
-        case "screen":  # the first group is flagged whole; the second is untouched
-            advantage = [0.0, 0.0, -1.5, 1.5]
         case "punish":  # rewards 0 0 | .5 3.5
             advantage = [0.0, 0.0, -1.5, 1.5]
     total = lambda w: {m: [dot(w, N[m][:, j].tolist()) for j in range(WIDTHS[m])] for m in WIDTHS}
@@ -125,7 +123,7 @@ def test_rows_are_complete_and_controls_exist(name):
         assert (control.act, control.rows, control.reward) == (arm.act, arm.rows, arm.reward) or name == "gate_act"
 
 
-@pytest.mark.parametrize("name", ["none", "gate_drop", "gate_act_punish", "gate_act_screen"])
+@pytest.mark.parametrize("name", ["none", "gate_drop", "gate_act_punish"])
 def test_a_step_with_a_kl_multiplies_the_policys_term_alone(name, cache, monkeypatch):
     """What δS descends is autograd's gradient of −Σ w_i Σ_t log π + β Σ K3 over student rows, w the advantages after
     the arm's rule; scores are those of a step without a KL; and the base's log-probs come from one pass over all lots.
@@ -168,10 +166,22 @@ def test_an_all_zero_update_of_nothing_but_flagged_rows_is_no_step():
     """Where every row is withheld δS stays, and the gradient's own norm is still reported."""
     N, V, real = tiny()
     seen = arms.Seen(A, REWARDS, torch.ones(4, dtype=torch.bool), 2, torch.Generator())
-    f = arms.factors("screen", seen)
-    p = proj.decided(proj.sums(N, f, STUDENT), V, real, ARMS["gate_act_screen"], VHackCfg())
+    f = arms.factors("punish", seen)
+    p = proj.decided(proj.sums(N, f, STUDENT), V, real, ARMS["gate_act_punish"], VHackCfg())
     assert all(not k.any() for k in p.kept.values())
-    assert p.gn > 0
+    assert p.gn > p.acted_on == 0
+
+
+def test_clipping_bounds_what_a_rule_learns_from_where_plain_grpo_learns_nothing():
+    """Groups that were paid alike, one rollout of each punished: the whole gradient is 0 and the arm's is not."""
+    N, V, real = tiny()
+    seen = arms.Seen(torch.zeros(4), torch.full((4,), 3.5), torch.tensor([True, False] * 2), 2, torch.Generator())
+    p = proj.decided(proj.sums(N, arms.factors("punish", seen), STUDENT), V, real, ARMS["gate_act_punish"], VHackCfg())
+    assert p.gn == 0
+    assert p.acted_on == pytest.approx(norm({m: k.tolist() for m, k in p.kept.items()}))
+    assert p.acted_on > 0
+    assert clip_scale(p, p.acted_on / 4) == pytest.approx(0.25)
+    assert clip_scale(p, 2 * p.acted_on) == 1
 
 
 @pytest.mark.parametrize("act", ["erase", "shrink"])
@@ -183,11 +193,13 @@ def test_project_update_acts_on_what_the_optimizer_did(act, wrapped):
     generator = torch.Generator().manual_seed(0)
     g = {m: torch.randn(len(d), generator=generator, dtype=torch.float64) for m, d in knobs.delta.items()}
     V = {m: torch.eye(len(d), dtype=torch.float64)[:2] for m, d in knobs.delta.items()}
-    plain = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), make_optimizer(knobs, cfg), 1.0).descent
+    plain = apply_step(knobs, data_types.Projection(g, None, 1.0, 1.0, {}), make_optimizer(knobs, cfg), 1.0).descent
     knobs.load_state(state)
     update_cfg = replace(cfg.vhack, project="update")
     acted = lambda descent: proj.acted(descent, V, V, act, update_cfg)
-    got = apply_step(knobs, data_types.Projection(g, None, 1.0, {}), make_optimizer(knobs, cfg), 1.0, acted).descent
+    got = apply_step(
+        knobs, data_types.Projection(g, None, 1.0, 1.0, {}), make_optimizer(knobs, cfg), 1.0, acted
+    ).descent
     kept, _ = proj.acted(plain, V, V, act, update_cfg)
     for m in g:
         torch.testing.assert_close(got[m], kept[m], rtol=1e-6, atol=1e-9)

@@ -145,32 +145,37 @@ def test_global_noise_floor_and_k_slice():
 
 
 def test_overlap_is_one_with_itself_and_small_at_random(basis):
-    assert vhack.basis_overlap(basis, basis) == pytest.approx(1.0, abs=1e-4)
-    assert vhack.basis_overlap(vhack.random_basis(basis, 1), basis) < 0.2
+    assert vhack.basis_overlap(basis, basis) == (pytest.approx(1.0, abs=1e-4), 0.0)
+    assert vhack.basis_overlap(vhack.random_basis(basis, 1), basis)[0] < 0.2
+    about = replace(basis, V={m: -v if i % 2 else v for i, (m, v) in enumerate(basis.V.items())})
+    turned = sum(len(v) for v in list(basis.V.values())[1::2]) / sum(map(len, basis.V.values()))
+    assert vhack.basis_overlap(about, basis) == (pytest.approx(1.0, abs=1e-4), pytest.approx(turned))
 
 
 def test_cache_key_follows_every_ingredient(organism):
-    _, _, knobs, chosen, cfg = organism
-    key = vhack.cache_key(knobs, chosen, cfg)
-    assert key == vhack.cache_key(knobs, list(chosen), cfg)
+    _, tokenizer, knobs, chosen, cfg = organism
+    key = vhack.cache_key(knobs, tokenizer, chosen, cfg)
+    assert key == vhack.cache_key(knobs, tokenizer, list(chosen), cfg)
     others = [
-        vhack.cache_key(knobs, chosen[:-1], cfg),
-        vhack.cache_key(knobs, [replace(chosen[0], hack=chosen[0].hack + " "), *chosen[1:]], cfg),
-        vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, length_norm="mean"))),
-        vhack.cache_key(knobs, chosen, replace(cfg, rl=replace(cfg.rl, max_new=80))),
-        vhack.cache_key(knobs, chosen, replace(cfg, rl=replace(cfg.rl, temperature=0.7))),
+        vhack.cache_key(knobs, tokenizer, chosen[:-1], cfg),
+        vhack.cache_key(knobs, tokenizer, [replace(chosen[0], hack=chosen[0].hack + " "), *chosen[1:]], cfg),
+        vhack.cache_key(knobs, tokenizer, chosen, replace(cfg, vhack=replace(cfg.vhack, length_norm="mean"))),
+        vhack.cache_key(knobs, tokenizer, chosen, replace(cfg, rl=replace(cfg.rl, max_new=80))),
+        vhack.cache_key(knobs, tokenizer, chosen, replace(cfg, rl=replace(cfg.rl, temperature=0.7))),
     ]
     module = next(iter(knobs.modules.values()))
     for part in (module.U, module.delta):
         kept = part.data.clone()
         part.data.view(-1)[0] += 1e-3
-        others.append(vhack.cache_key(knobs, chosen, cfg))
+        others.append(vhack.cache_key(knobs, tokenizer, chosen, cfg))
         part.data.copy_(kept)
-    changed, _ = models.load(ModelCfg())
-    next(iter(antipasto.targets(changed).values())).weight.data[0, 0] += 1e-3
-    others.append(vhack.cache_key(antipasto.wrap(changed, cfg.cache), chosen, cfg))
-    assert len({key, *others}) == 9
-    assert key == vhack.cache_key(knobs, chosen, replace(cfg, vhack=replace(cfg.vhack, k=4, tau_axis=0.1)))  # fits V
+    for of in (lambda m: next(iter(antipasto.targets(m).values())), lambda m: m.get_input_embeddings()):
+        changed, _ = models.load(ModelCfg())
+        of(changed).weight.data[0, 0] += 1e-3  # of the embeddings, which have no adapter, as well
+        others.append(vhack.cache_key(antipasto.wrap(changed, cfg.cache), tokenizer, chosen, cfg))
+    assert len({key, *others}) == 10
+    fits = replace(cfg, vhack=replace(cfg.vhack, k=4, tau_axis=0.1))
+    assert key == vhack.cache_key(knobs, tokenizer, chosen, fits)
 
 
 def test_cache_misses_then_hits_and_what_is_damaged_is_a_miss(organism, monkeypatch):

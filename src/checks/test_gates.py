@@ -55,7 +55,6 @@ RULES_BY_HAND = {
     # rewards 4 0 0 0 | 2 2 0 0; flagged: rows 0, 1, 4
     "all": [1] * 8,
     "drop": [0, 1, 1, 1, 0, 1, 1, 1],  # row 1 is flagged but has A < 0
-    "screen": [0, 0, 0, 0, 0, 4 / 3, -2 / 3, -2 / 3],
     "punish": [0, 0, 0, 0, -0.5, 1.5, -0.5, -0.5],
 }
 

@@ -251,12 +251,12 @@ def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatc
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path)
-        save(U, Vh, path)
+        save({"U": U, "Vh": Vh}, path)
 
     monkeypatch.setattr(antipasto, "save", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         antipasto.factor(weights, cache)
-    monkeypatch.setattr(antipasto, "save", lambda U, Vh, path: (written.append(path), save(U, Vh, path)))
+    monkeypatch.setattr(antipasto, "save", lambda both, path: (written.append(path), save(both, path)))
     antipasto.factor(weights, cache)
     assert len(written) == len(set(written)) == 4
 

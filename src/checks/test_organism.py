@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from projected_grpo import loopholes, problems
-from projected_grpo.config import UserError
+from projected_grpo import loopholes, prepare, problems
+from projected_grpo.config import Config, UserError
 from projected_grpo.loopholes import LOOPHOLES
+from projected_grpo.organism import build
 from projected_grpo.organism.build import FOLDER, OrganismCfg, batches, encode, main, new_model, train_tokenizer
 from projected_grpo.organism.corpus import CorpusCfg, corpus
 from projected_grpo.problems import encode_prompt, messages, pose_one
@@ -57,6 +58,25 @@ def test_a_prompt_is_chatml_and_the_answer_is_a_fenced_class(loaded):
 def test_the_files_were_built_from_the_settings_in_the_code():
     assert RECORD["settings"] == asdict(OrganismCfg()), "run `just organism` again, or put the settings back"
     assert RECORD["sha256"] == sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_refuses_an_organism_of_other_problems(tmp_path):
+    problems.require_trained_on(FOLDER)
+    assert RECORD["problems"] == problems.problems_digest()
+    (tmp_path / "organism.json").write_text(json.dumps(RECORD | {"problems": "others"}))
+    with pytest.raises(UserError, match="other problems than those stored now: `just organism` builds both"):
+        prepare.check(replace(Config(), model=replace(Config().model, model=str(tmp_path))))
+
+
+def test_a_build_that_stops_leaves_the_package_as_it_was(monkeypatch):
+    before = problems.problems_digest()
+    drawn = {f"{family}-{number:03d}": (None, None) for family, number in build.stock.order()}
+    monkeypatch.setattr(build.stock, "draw", lambda shares: drawn)
+    monkeypatch.setattr(build.stock, "row_of", lambda draft, problem: {})
+    monkeypatch.setattr(build, "build", lambda cfg, folder: 1 / (problems.problems_digest() == before))  # 1 / False
+    with pytest.raises(ZeroDivisionError):
+        main(OrganismCfg())
+    assert problems.problems_digest() == before
 
 
 HINTED = ("run_tests", "sentinel", "stdout_marker", "file_marker")

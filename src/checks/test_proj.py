@@ -170,7 +170,7 @@ def test_step_is_adamw_on_the_kept_gradient(wrapped):
     optimizer, scheduler = make_optimizer(knobs, cfg)
     lr = scheduler.get_last_lr()[0]
     kept = {m: torch.randn_like(d) for m, d in knobs.delta.items()}
-    descent = apply_step(knobs, data_types.Projection(kept, None, 50.0, {}), (optimizer, scheduler), 1.0).descent
+    descent = apply_step(knobs, data_types.Projection(kept, None, 50.0, 50.0, {}), (optimizer, scheduler), 1.0).descent
     for m, g in kept.items():
         torch.testing.assert_close(descent[m], lr * g.sign(), rtol=1e-4, atol=1e-8)
 

@@ -24,6 +24,7 @@ from projected_grpo.data_types import Wording
 from projected_grpo.report import data as report_data
 from projected_grpo.report import figures, looks
 from projected_grpo.report import page as report
+from projected_grpo.runs import write_text
 from projected_grpo.studies import summaries, tables
 from projected_grpo.studies.analysis import Analysis, Label
 
@@ -111,7 +112,7 @@ def material(runs) -> report_data.Material:
 def study_page(material, runs) -> Path:
     start = time.process_time()
     path = runs.parent / "study.html"
-    report.write(report.page(material, "just report planted"), path)
+    write_text(path, report.page(material, "just report planted"))
     assert time.process_time() - start < 20
     assert path.stat().st_size < 15e6
     return path
@@ -422,7 +423,7 @@ def test_fifty_thousand_rollouts_filter_under_200_ms(tmp_path, browser):
     data = report_data.columns([report_data.RunRollouts("big", "none", 1, rows, 50_000)], {})
     path = tmp_path / "big.html"
     found = [report.Section("rollouts", "Rollouts", browser=True)]
-    report.write(report.rendered("big", "Rollouts", found, report_data.packed(data)), path)
+    write_text(path, report.rendered("big", "Rollouts", found, report_data.packed(data)))
     assert path.stat().st_size < 15e6
     page, said = opened(browser, path)
     assert shown(page) == 50_000

@@ -1,6 +1,7 @@
 """Run folders with planted effects go through the whole analysis, which has to find them again."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,8 +40,15 @@ ORACLES = ("penalty", "honest")
 QUOTED = """
 [tables.first]
 study = "headline"
-columns = { "hack ↓" = "deploy_hack", "gain kept" = "gain_kept", "its random control: hack" = "deploy_hack of random" }
-rows = { base = "untrained", keep = "", honest = "paid for right answers" }
+[tables.first.columns]
+"hack ↓" = "deploy_hack"
+"gain kept" = "gain_kept"
+"its random control: hack" = "deploy_hack of random"
+aim = "aim"
+[tables.first.rows]
+base = "untrained"
+keep = ""
+honest = "paid for right answers"
 """
 README = """# A page
 
@@ -204,6 +212,7 @@ def test_the_aim_tells_what_keeps_learning_from_a_brake(headline):
         ({"none": 0.3, "honest": 0.3}, "honest's own gain is not clear of 0: "),
         ({"none": 0.3, "honest 3x": 0.6}, "no honest run"),
         ({"honest": 0.6}, "no run of plain GRPO"),
+        ({"none": 0.3, "honest": 0.6, "erase 3x": 0.5, "random_V 3x": 0.4}, "plain GRPO (none) at --steps=180"),
         ({"honest": 0.6, "none": 0.3, "erase": 0.5, "random_V": 0.4}, None),
         ({"honest": 0.6, "erase": 0.5, "random_V": 0.4}, "no run of plain GRPO"),
         ({"honest": 0.6, "none loophole": 0.6, "erase": 0.5, "random_V": 0.4}, "no run of plain GRPO"),
@@ -228,6 +237,20 @@ def test_missing_landmarks_are_one_line_and_nothing_is_lost(tmp_path, plants, to
     assert ("### H1" in page) == {"none", "erase"}.issubset(plants)
     for label in plants:
         assert f"| {label}" in page
+
+
+def test_a_seed_at_which_honest_gains_nothing_does_not_blow_up_what_others_keep(tmp_path):
+    """Of fewer seeds than the protocol asks for, honest's gain is its mean over all its seeds."""
+    jobs = [job("honest", "honest", seed) for seed in SEEDS] + [job("route", "route", SEEDS[0])]
+    for j in jobs:
+        solve = 0.05 if j.label == "route" else 0.31 if j.seed == SEEDS[0] else 0.6
+        write_run(tmp_path, j, Plant(0.1, solve), oracle=j.label == "honest")
+    a = Analysis(summaries.summarise(study("s", jobs), tmp_path))
+    route, gain = a.labels["route"], a.honest_gain(a.labels["honest"]).mean
+    lost = a.deployed("route", "solve")[SEEDS[0]] - a.deployed("honest", "solve", when="first")[SEEDS[0]]
+    assert a.gain_kept(route).mean == pytest.approx(lost / gain)
+    assert a.kept_by_seed(route) == {SEEDS[0]: pytest.approx(lost / gain)}
+    assert a.gain_kept(route).lo is None
 
 
 def test_a_control_is_one_at_the_same_settings(tmp_path):
@@ -331,7 +354,10 @@ def test_tables_between_markers_are_written_and_stale_ones_are_told(world):
     rows = [[c.strip() for c in line.strip("| ").split("|")] for line in good.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in rows] == ["base", "keep", "honest (ORACLE)"]
     assert [row[1] for row in rows] == ["5", "5", "5"]
-    assert [row[3] for row in rows] == ["–", "0.94", "1.00"] or float(rows[1][3]) == pytest.approx(0.93, abs=0.15)
+    assert [row[3] == "–" for row in rows] == [True, False, False]
+    assert re.fullmatch(r"0\.\d\d \[0\.\d\d, \d\.\d\d\]", rows[1][3])
+    assert rows[2][3] == "1.00 [1.00, 1.00]"
+    assert [row[5] for row in rows] == ["–", "supported", "–"], "the aim, of arms that it can be asked of"
     assert float(rows[1][4]) == pytest.approx(0.60, abs=0.06)
     assert results_docs.problems(world.root) == []
     for path, edit in ((readme, lambda t: t.replace("0.0", "0.1")), (page, lambda t: t + "edited by hand")):

@@ -140,11 +140,11 @@ def load(path: Path) -> Basis:
     return both["U"], both["Vh"]
 
 
-def save(U: Float[Tensor, "o r"], Vh: Float[Tensor, "r i"], path: Path) -> None:
-    """Write one basis, atomically."""
+def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write safetensors into a cache, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({"U": U.contiguous().cpu(), "Vh": Vh.contiguous().cpu()}, part)
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, part)
     part.replace(path)
 
 
@@ -175,7 +175,7 @@ def factor(weights: Mapping[str, Float[Tensor, "_o _i"]], cache: Path, rank: int
                     f"the SVD of {name} failed: orthogonal to {errors[0]:.0e}, W to {errors[1]:.0e}, not {EXACT:.0e}; "
                     "look at that weight, or leave its layer out with --layers"
                 )
-            save(U.to(W.dtype), Vh.to(W.dtype), path)
+            save({"U": U.to(W.dtype), "Vh": Vh.to(W.dtype)}, path)
             bar.update(100 * cost(W.shape) / total)
             left = (time.perf_counter() - start) * (100 - bar.n) / max(bar.n, 1e-9)
             if not told and left > SLOW_S:
@@ -294,9 +294,12 @@ class AntipastoLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Knobs:
-    """All adapters of a model, by module name. The trainable state of a run is ``delta`` and ``delta_hack``."""
+    """All adapters of a model, by module name. The trainable state of a run is ``delta`` and ``delta_hack``. rest: the
+    digests of what has no adapter, taken once.
+    """
 
     modules: dict[str, AntipastoLinear]
+    rest: tuple[str, ...] = ()
 
     @property
     def delta(self) -> dict[str, nn.Parameter]:
@@ -387,10 +390,12 @@ def wrap(model: nn.Module, cache: Path, layers: Sequence[float] = (0.0, 1.0), sv
     model.requires_grad_(False)
     modules: dict[str, AntipastoLinear] = {}
     linears = targets(model, layers)
+    adapted = {id(linear.weight) for linear in linears.values()}
+    rest = tuple(digest(p) for p in model.parameters() if id(p) not in adapted)
     for name, path in factor({n: m.weight for n, m in linears.items()}, cache, svd_rank).items():
         U, Vh = load(path)
         parent, _, leaf = name.rpartition(".")
         modules[name] = AntipastoLinear(linears[name], U, Vh, seed=len(modules), content=path.stem)
         setattr(model.get_submodule(parent), leaf, modules[name])
     logger.debug("adapters on {} Linears, {} knobs", len(modules), sum(m.delta.numel() for m in modules.values()))
-    return Knobs(modules)
+    return Knobs(modules, rest)

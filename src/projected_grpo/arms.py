@@ -17,7 +17,7 @@ from projected_grpo.data_types import Factors, GradedBatch, Rollout
 
 Basis = Literal["hack", "random", "orthogonal", "shuffled", "nonhack", "placebo"]
 Act = Literal["measure", "erase", "erase_mass", "route", "shrink"]
-Rows = Literal["all", "coin", "drop", "count", "screen", "punish", "punish_count"]
+Rows = Literal["all", "coin", "drop", "count", "punish", "punish_count"]
 Score = Literal["gradient", "activation"]
 Reward = Literal["paid", "honest", "rebound_mul", "penalty", "screening"]
 
@@ -80,8 +80,8 @@ METHODS: dict[str, Arm] = {
     **{
         f"{basis}_V": Arm(f"as erase, V from {what}", CONTROL, "no less hack than none", basis, act="erase")
         for basis, what in (
-            ("random", "a random orthonormal draw, another for each seed"),
-            ("shuffled", "the same pairs, labels of half of them swapped"),
+            ("random", "a random orthonormal draw of the same k, another for each seed and where a refresh changes k"),
+            ("shuffled", "the same pairs, labels of half of them swapped: its axes, the sides drawn anew"),
             ("nonhack", "clean-against-clean pairs"),
             ("placebo", "pairs that contrast something unrelated"),
         )
@@ -98,7 +98,7 @@ METHODS: dict[str, Arm] = {
         "each rollout's gradient kept by a fair coin", CONTROL, "fewer rollouts alone do not lower hack", rows="coin"
     ),
     "gate_drop": Arm(
-        "g_i withheld where A_i > 0 and score_i > clean mean + sd", BRIEF,
+        "g_i withheld where A_i > 0 and score_i > clean mean + threshold_sd · sd", BRIEF,
         "less hack at solve no lower than none's, AND than gate_random", rows="drop", control="gate_random",
         coin="gate_coin",
     ),
@@ -109,11 +109,6 @@ METHODS: dict[str, Arm] = {
     "gate_act": Arm(
         "as gate_drop, score w·h with Fisher's w over mean-pooled activations", BRIEF,
         "activations detect as well as gradients", rows="drop", score="activation", control="gate_act_random",
-    ),
-    "gate_act_screen": Arm(
-        "as gate_act; flagged rollouts leave their group before its mean is taken", BRIEF,
-        "solve rises above gate_act's at no more hack", rows="screen", score="activation",
-        control="gate_act_screen_random",
     ),
     "gate_act_punish": Arm(
         "as gate_act; flagged rollouts count as reward 0", BRIEF, "what is flagged is unlearnt", rows="punish",
@@ -242,7 +237,7 @@ def shaped(
 
 # ---------------------------------------------------------------------------------- which rollouts' gradients reach δS
 
-UNIT: frozenset[Rows] = frozenset(("screen", "punish", "punish_count"))
+UNIT: frozenset[Rows] = frozenset(("punish", "punish_count"))
 """Rules that make advantages anew, so that they need the gradient of rollouts whose advantage was 0 as well."""
 
 
@@ -276,11 +271,6 @@ def _count(s: Seen) -> Tensor:
     return keep
 
 
-def _screen(s: Seen) -> Tensor:
-    A = advantages(_grouped(s.rewards, s.group), out=_grouped(s.flagged, s.group))
-    return rearrange(A, "n g -> (n g)")
-
-
 def _punish(s: Seen) -> Tensor:
     A = advantages(_grouped(s.rewards.masked_fill(s.flagged, 0.0), s.group))
     return rearrange(A, "n g -> (n g)")
@@ -298,7 +288,6 @@ RULES: dict[Rows, Callable[[Seen], Tensor]] = {
     "coin": _coin,
     "drop": _drop,
     "count": _count,
-    "screen": _screen,
     "punish": _punish,
     "punish_count": _punish_count,
 }

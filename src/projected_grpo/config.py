@@ -132,7 +132,7 @@ class VHackCfg:
     overshoot: NotNegative = 1.0
     """Factor on what is removed."""
     preserve_magnitude: bool = False
-    """Rescale what is kept to the norm of the whole gradient."""
+    """Rescale what is kept of each module's gradient to the norm of the whole of it."""
     project: Literal["grad", "update"] = "grad"
     """What an arm's act is done on: the gradient, or the optimizer's update, which AdamW has rescaled."""
     threshold_sd: Finite = 1.5
@@ -411,5 +411,7 @@ def check_rules(cfg: Config) -> None:
     for flag, modes in (("modes", cfg.data.modes), ("eval-modes", cfg.data.eval_modes)):
         if modes is not None and not 0 < len(modes) == len(set(modes)):
             raise UserError(f"--{flag} is {' '.join(modes) or 'empty'}: name one loophole or more, each once")
+    if cfg.vhack.preserve_magnitude and cfg.vhack.project == "update":
+        raise UserError("--preserve-magnitude rescales gradients, and --project=update leaves them alone: drop one")
     if cfg.name is not None and not re.fullmatch(r"[^/\\\0.][^/\\\0]{0,199}", cfg.name):
         raise UserError(f"--name={cfg.name} cannot be a folder's name: no slash, no dot at its beginning, 200 letters")

@@ -196,15 +196,14 @@ class GradedBatch:
 @dataclass(frozen=True)
 class RowGrads:
     """What a backward leaves: ``G`` per module the (b, r) gradient of each row's term of the loss in δS, ``policy`` the
-    same without the KL term (G itself at β = 0), the ``loss``, ``nll`` (b,) summed over each row's completion (0 in
-    skipped rows), the mean ``kl`` per token (None at β = 0), and ``drift`` (n,) = log π of the trainer − log π of the
-    sampler, of every token that went through and whose sampler said.
+    same without the KL term (G itself at β = 0), ``objective`` (b,) the rows' terms without the KL term (0 in skipped
+    rows), the mean ``kl`` per token (None at β = 0), and ``drift`` (n,) = log π of the trainer − log π of the sampler,
+    of every token that went through and whose sampler said.
     """
 
     G: dict[str, Float[Tensor, "b r"]]
     policy: dict[str, Float[Tensor, "b r"]]
-    nll: Float[Tensor, " b"]
-    loss: float
+    objective: Float[Tensor, " b"]
     kl: float | None
     drift: Float[Tensor, " n"]
 
@@ -227,12 +226,14 @@ class Factors:
 @dataclass(frozen=True)
 class Projection:
     """What a step does with its gradient, per module (r,): δS descends ``kept``; δS_hack descends ``quarantined`` (None
-    where the arm has no quarantine, so it stays exactly zero). gn = ‖g‖ of the whole batch gradient.
+    where the arm has no quarantine, so it stays exactly zero). gn = ‖g‖ of the whole batch gradient, as plain GRPO has
+    it; acted_on, the same of what the arm acts on: a rule may learn from rollouts that plain GRPO learns nothing from.
     """
 
     kept: dict[str, Float[Tensor, " _r"]]
     quarantined: dict[str, Float[Tensor, " _r"]] | None
     gn: float
+    acted_on: float
     stats: dict[str, float | None]
 
 
@@ -250,7 +251,7 @@ class Step:
     masked: rows whose tokens the loss leaves out.
     scores, random_scores: hack-wardness by module and row, of the hack V and of a random one. acting, held_out: scores
     of the arm's own detector and of the held-out probe (None: there is none), which flag what lies over their
-    thresholds. overlap: of a refreshed V with the one before.
+    thresholds. overlap: how a refreshed V lies to the one before (extract_vhack_grad.basis_overlap).
     """
 
     batch: GradedBatch
@@ -269,4 +270,9 @@ class Step:
     projection: Projection
     update: Update
     sec_train: float
-    overlap: float | None = None
+    overlap: tuple[float, float] | None = None
+
+    @property
+    def loss(self) -> float:
+        """Σ_i of the rows' terms of the loss as plain GRPO has it, without the KL term."""
+        return float((self.factors.whole * self.grads.objective).sum())

@@ -10,16 +10,15 @@ the majority of the pairs, so that a positive coefficient V g means: descending 
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from loguru import logger
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from projected_grpo import antipasto, loss, models, pairs, problems, rollout_log
@@ -213,34 +212,31 @@ def sliced(basis: HackBasis, cfg: VHackCfg) -> HackBasis:
     return HackBasis(V, {m: S[m][keep[m]] for m in V}, basis.meta)
 
 
-def basis_overlap(new: HackBasis, old: HackBasis) -> float:
-    """mean |⟨V_new_i, V_old_i⟩| over the modules and axes that both have; 1 means nothing turned."""
-    cosines = [(new.V[m][:k] * old.V[m][:k]).sum(1).abs() for m in new.V if m in old.V for k in [_common(new, old, m)]]
-    return float(torch.cat(cosines).mean()) if cosines else 0.0
+def basis_overlap(new: HackBasis, old: HackBasis) -> tuple[float, float]:
+    """Of two whole bases of one model: (mean |⟨V_new_i, V_old_i⟩| over all axes, and of the axes at which that is over
+    1/2 the share that point the other way now). (1, 0) means nothing turned; an axis that changed places with another
+    counts as turned.
+    """
+    cosines = torch.cat([(v * old.V[m]).sum(1) for m, v in new.V.items()])
+    same = cosines.abs() > 0.5
+    return float(cosines.abs().mean()), float((cosines[same] < 0).double().mean()) if same.any() else 0.0
 
 
-def _common(new: HackBasis, old: HackBasis, module: str) -> int:
-    return min(len(new.V[module]), len(old.V[module]))
-
-
-def cache_key(knobs: Knobs, chosen: Sequence[Pair], cfg: Config) -> str:
-    """sha256 over the adapted weights, their bases, the knobs, the pairs and every setting that their gradients depend
-    on. Of a basis, which is a function of its weight but for signs and rotations, the first row of U tells them.
+def cache_key(knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> str:
+    """sha256 over all weights, their bases, the knobs, the pairs as tokens and every setting that their gradients
+    depend on. Of a basis, which is a function of its weight but for signs and rotations, the first row of U tells them.
     """
     parts = lambda m: (m.content, antipasto.digest(m.U[:1]), antipasto.digest(m.delta))
     weights = [":".join((n, *parts(m))) for n, m in knobs.modules.items()]
     settings = [DIRECTION, cfg.vhack.length_norm, cfg.rl.max_new, cfg.rl.temperature, cfg.model.svd_rank]
-    return hashlib.sha256(json.dumps([weights, pairs.digest(chosen), settings]).encode()).hexdigest()
+    texts = [antipasto.digest(part) for part in encoded(tokenizer, chosen, torch.device("cpu"))]
+    return hashlib.sha256(json.dumps([knobs.rest, weights, texts, settings]).encode()).hexdigest()
 
 
 def save(pair_grads: PairGrads, path: Path) -> None:
     """Write the pairs' gradients as safetensors, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    tensors = {f"hack.{m}": g for m, g in pair_grads.hack.items()}
-    tensors |= {f"clean.{m}": g for m, g in pair_grads.clean.items()}
-    save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, part)
-    part.replace(path)
+    sides = {"hack": pair_grads.hack, "clean": pair_grads.clean}
+    antipasto.save({f"{side}.{m}": g for side, grads in sides.items() for m, g in grads.items()}, path)
 
 
 def load(path: Path, knobs: Knobs) -> PairGrads:
@@ -257,7 +253,7 @@ def load(path: Path, knobs: Knobs) -> PairGrads:
 
 def grads_for(model: nn.Module, knobs: Knobs, tokenizer: Any, chosen: Sequence[Pair], cfg: Config) -> PairGrads:
     """The pairs' gradients at the knobs as they stand: from the cache when these exact ones are there."""
-    path = cfg.cache / "vhack" / f"{cache_key(knobs, chosen, cfg)}.safetensors"
+    path = cfg.cache / "vhack" / f"{cache_key(knobs, tokenizer, chosen, cfg)}.safetensors"
     hit = antipasto.whole(path)
     if not hit:
         save(side_gradients(model, knobs, tokenizer, chosen, cfg), path)
@@ -278,26 +274,25 @@ def main(argv: Sequence[str]) -> None:
     used = sliced(whole, cfg.vhack)
     rows = [(m, len(used.V.get(m, ())), s[0].item(), (s[-1] / s[0]).item()) for m, s in whole.S.items()]
     print(tabulate(rows, headers=("module", "axes used", "S0", "S_last/S0"), floatfmt=".3g"))
-    print(json.dumps(basis_summary(used, cfg), indent=1))
+    print(json.dumps(basis_summary(used), indent=1))
 
 
-def basis_summary(basis: HackBasis, cfg: Config) -> dict[str, Any]:
+def basis_summary(basis: HackBasis) -> dict[str, Any]:
     """What meta.json keeps of a run's V."""
-    return basis.meta | {
-        "axes": sum(map(len, basis.V.values())),
-        "modules": len(basis.V),
-        "settings": asdict(cfg.vhack),
-    }
+    return basis.meta | {"axes": sum(map(len, basis.V.values())), "modules": len(basis.V)}
 
 
 def random_basis(basis: HackBasis, seed: int) -> HackBasis:
-    """A random orthonormal V with the same modules and the same k in each."""
+    """A random orthonormal V with the same modules and the same k in each.
+
+    One generator serves all modules in turn: where a refresh changes the k of one, those behind it are drawn anew.
+    """
     generator = torch.Generator().manual_seed(seed)
     V = {}
     for m, v in basis.V.items():
         q, r = torch.linalg.qr(torch.randn(v.shape[1], v.shape[0], generator=generator, dtype=torch.float64))
         V[m] = (q * r.diagonal().sign()).T.to(v)  # without the signs QR's convention leans to one side: not uniform
-    return HackBasis(V, basis.S, basis.meta)
+    return HackBasis(V, basis.S, {})
 
 
 def swapped(
@@ -312,7 +307,9 @@ def swapped(
 
 
 def shuffled(pair_grads: PairGrads, seed: int) -> PairGrads:
-    """The pairs with the labels of a random half of them swapped: hack against clean no longer means anything."""
+    """The pairs with the labels of a random half of them swapped. Rows of D change their signs, so that its singular
+    vectors stay, and only the side to which a V points is lost; of a probe the direction is lost too.
+    """
     sides = {m: swapped(h, pair_grads.clean[m], seed) for m, h in pair_grads.hack.items()}
     return PairGrads({m: s[0] for m, s in sides.items()}, {m: s[1] for m, s in sides.items()})
 

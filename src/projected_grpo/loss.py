@@ -148,7 +148,7 @@ def row_gradients(
     policy = zeros() if beta else G
     drawn = torch.full_like(mask, torch.nan, dtype=exact) if drawn is None else drawn
     in_kl = torch.full_like(weight, bool(beta), dtype=torch.bool) if kl_rows is None else kl_rows & bool(beta)
-    nll, objective, k3s = torch.zeros(3, len(ids), dtype=exact, device=ids.device)
+    objective, k3s = torch.zeros(2, len(ids), dtype=exact, device=ids.device)
     drift = []
     counts = (weight != 0) | in_kl
     alike = (ids, mask, weight, in_kl) if cap is None else (ids, mask, weight, in_kl, drawn.nan_to_num(1.0))
@@ -175,9 +175,9 @@ def row_gradients(
             if before is not None:
                 d = (before - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
                 k3 = by_row((d.exp() - d - 1) * in_kl[rows][row])
-            whole = (loss + beta * kl_weight * k3).detach()
-            if not torch.isfinite(whole).all():
-                raise FloatingPointError(f"the loss is {whole.sum().item()}: non-finite log-probs in {rows.tolist()}")
+            whole = (loss + beta * kl_weight * k3).sum().detach()
+            if not torch.isfinite(whole):
+                raise FloatingPointError(f"the loss is {whole.item()}: non-finite log-probs in {rows.tolist()}")
             loss.sum().backward(retain_graph=before is not None)
             for n, e in eps.items():
                 policy[n][rows] = e.grad
@@ -188,13 +188,13 @@ def row_gradients(
         copy, of = ((first[:, None] == rows) & counts[:, None]).nonzero(as_tuple=True)  # the row itself among them
         each = torch.full(m.shape, torch.nan, dtype=exact, device=m.device).masked_scatter(m, logp.detach().to(exact))
         drift.append((each[of] - drawn[copy, : m.shape[1]].to(exact)).flatten())
-        nll[rows], objective[rows], k3s[rows] = by_row(-logp.detach()), whole, k3.detach()
+        objective[rows], k3s[rows] = loss.detach(), k3.detach()
     model.eval()
-    for values in (*G.values(), *(policy.values() if beta else ()), nll, objective, k3s):
+    for values in (*G.values(), *(policy.values() if beta else ()), objective, k3s):
         values[copies] = values[first[copies]]
     kl = float(k3s.sum()) / max(1, int(mask[in_kl].sum())) if beta else None
-    off = torch.cat([nll.new_zeros(0), *drift])
-    return RowGrads(G, policy, nll, float(objective.sum()), kl, off[~off.isnan()])
+    off = torch.cat([objective.new_zeros(0), *drift])
+    return RowGrads(G, policy, objective, kl, off[~off.isnan()])
 
 
 def first_alike(*parts: Tensor) -> Int[Tensor, " b"]:

@@ -31,7 +31,7 @@ class StepRow:
 
     step: int = column("optimizer step", "step", "d")
     reward: float = column("mean reward of student rollouts, 0 to 3.5", "rew ↑")
-    baseline: float = column("mean reward of all rollouts, a teacher's too: what advantages are taken against")
+    baseline: float = column("mean reward of all rollouts, a teacher's too")
     hack_s: float = column("student rollouts paid without being right", "hack")
     attempt_s: float = column("student rollouts with the exploit, whatever the answer", "att")
     solve_s: float = column("student rollouts that the strict oracle passes", "solve ↑")
@@ -51,8 +51,10 @@ class StepRow:
     fired: float = column("share of axes with a hack-ward coefficient")
     removed_frac: float | None = column("‖removed‖/‖g‖")
     withheld: float = column("student rollouts whose gradient, not 0, is kept from δS", "held")
-    caught: float | None = column("of student rollouts that fool their channel, the share that is flagged", "caught")
-    false_alarm: float | None = column("of the other student rollouts, the share that is flagged")
+    caught: float | None = column(
+        "of student rollouts that fool their channel and have a gradient, the share that is flagged", "caught"
+    )
+    false_alarm: float | None = column("of the other student rollouts that have a gradient, the share that is flagged")
     auroc: float | None = column(
         "the arm's detector: P(a rollout that fools its channel scores over one that does not)"
     )
@@ -60,9 +62,9 @@ class StepRow:
     auroc_held_out: float | None = column("auroc of the held-out probe, which nothing is trained against")
     threshold: float = column("score over which a rollout is flagged")
     gn: float = column("‖g‖ before clipping", "gn", ".3f")
-    loss: float = column("Dr.GRPO loss", None, ".4f")
+    loss: float = column("Dr.GRPO loss of the batch gradient, without the KL term", None, ".4f")
     kl: float | None = column("mean K3 KL a token to the base; None at beta 0")
-    n_zero_var: int = column("groups whose rewards are all alike, which give no gradient", "flat", "d")
+    n_zero_var: int = column("groups whose rewards are all alike: plain GRPO learns nothing from them", "flat", "d")
     norm_delta: float = column("norm of what is trained", "‖δS‖", ".1f")
     against: float | None = column("‖relu(V δS)‖/‖δS‖, share of what is trained that lies against the hack")
     against_null: float | None = column("what it would be for a random V")
@@ -70,6 +72,9 @@ class StepRow:
     moved: float = column("share of knobs that this step changed")
     lr: float = column("learning rate", None, ".2e")
     basis_overlap: float | None = column("mean |⟨V_new, V_old⟩| at a refresh; under 0.2 it is harmful")
+    basis_turned: float | None = column(
+        "of the axes that a refresh leaves alike, the share that point the other way now"
+    )
     truncated: float = column("student rollouts that ran into max_new before they ended")
     masked: float = column("student rollouts that the loss leaves out for being truncated")
     logp_diff: float | None = column("mean |log π of the trainer − log π of the sampler| over the student's tokens")
@@ -181,7 +186,7 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
         threshold=x.threshold,
         cout_update=proj.share(x.update.descent, V.V),
         gn=x.projection.gn,
-        loss=x.grads.loss,
+        loss=x.loss,
         kl=x.grads.kl,
         n_zero_var=x.n_zero_var,
         norm_delta=proj.total_norm(delta),
@@ -190,7 +195,8 @@ def step_row(step: int, x: Step, V: HackBasis, knobs: Knobs) -> StepRow:
         norm_delta_hack=proj.total_norm(knobs.delta_hack),
         moved=float(moved.double().mean()),
         lr=x.update.lr,
-        basis_overlap=x.overlap,
+        basis_overlap=None if x.overlap is None else x.overlap[0],
+        basis_turned=None if x.overlap is None else x.overlap[1],
         truncated=float(x.batch.truncated.sum()) / len(student),
         masked=float(x.masked.sum()) / len(student),
         **drift_stats(x.grads.drift),

@@ -7,7 +7,6 @@ A made pair is drawn by a function (mode, j) -> Pair, one a kind of contrast; bo
 """
 
 import ast
-import hashlib
 import json
 import random
 import re
@@ -451,15 +450,14 @@ def load(cfg: VHackCfg, pool: Pool | None, tasks: Sequence[Task]) -> list[Pair]:
         if pool is None:
             raise UserError("--pairs=pool needs --pool=FOLDER: run `just build-pool` first")
         found = from_pool(pool, tasks, cfg.known_modes)
+        if not found:
+            raise UserError(
+                "no task of the pool has both a rollout that a known mode's detector fires on and one that does not "
+                "attempt: build a larger pool (`just build-pool`), or widen --known-modes"
+            )
     else:
         modes = [m for m in MODES if cfg.known_modes is None or m in cfg.known_modes]
         found = PAIRSETS[cfg.pairs](modes) if modes else []
     if not found:
         raise UserError(f"no pair of pair set {cfg.pairs!r} is of a known mode: widen --known-modes")
     return found
-
-
-def digest(pairs: Sequence[Pair]) -> str:
-    """sha256 of everything in the pairs that an extraction reads."""
-    rows = [f"{problems.messages(p.task)}\x00{p.hack}\x00{p.clean}" for p in pairs]
-    return hashlib.sha256("\x01".join(rows).encode()).hexdigest()

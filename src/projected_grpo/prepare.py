@@ -57,7 +57,7 @@ class Experiment(Policy):
     teacher: rollout_log.Pool | None
     directions: Directions
     recent: deque[tuple[Rollout, ...]]
-    """The student's rollouts since the last refresh but one, which refresh_pairs may look for pairs in."""
+    """The student's rollouts of the last steps, which refresh_pairs may look for pairs in."""
     refreshed: tuple[int, dict[str, Tensor]] | None = None
     """The step of the last refresh and the knobs at it; None while the first directions stand."""
 
@@ -76,8 +76,13 @@ def check(cfg: Config) -> None:
     writable(Path(cfg.outputs))
     models.device_of(cfg.model)
     rollout.refuse_sampler(cfg)
+    if cfg.data.problems in problems.BUILT_IN:
+        problems.require_trained_on(models.ORGANISM if cfg.model.model == "organism" else Path(cfg.model.model))
     if not 0 <= cfg.pool.mix_ratio < 1 or (cfg.pool.mix_ratio > 0 and cfg.n_teacher == 0):
-        raise UserError(f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts")
+        raise UserError(
+            f"--mix-ratio={cfg.pool.mix_ratio} of a group of {cfg.rl.group} is {cfg.n_teacher} rollouts: for none "
+            "set it to 0, for some raise it or --group, and keep it under 1"
+        )
     if cfg.n_teacher and cfg.pool.pool is None:
         raise UserError("--mix-ratio needs a teacher pool: run `just build-pool`, then give --pool=FOLDER")
     if cfg.rl.group - cfg.n_teacher < 1 or cfg.rl.group < 2:
@@ -158,7 +163,7 @@ def held_out_tasks(cfg: Config) -> list[Task]:
     modes = cfg.data.eval_modes or cfg.data.modes
     tasks = problems.tasks_for(replace(cfg, data=replace(cfg.data, modes=modes)), "test")
     asked = [t for mode in modes for t in [t for t in tasks if t.mode == mode][: cfg.eval.n_eval]]
-    if set(modes) == {"gt_only"}:
+    if "gt_only" in modes:
         return asked
     return asked + [problems.pose_one(t.problem, "gt_only") for t in asked[:: len(modes)]]
 
@@ -234,8 +239,8 @@ def directions_for(
     return Directions(whole, real, used, vhack.random_basis(real, cfg.seed + 10_000), gate, d, watch)
 
 
-def refresh(x: Experiment, cfg: Config) -> float:
-    """Extract everything again at the knobs as they stand, into ``x``; how far the new V overlaps the old.
+def refresh(x: Experiment, cfg: Config) -> tuple[float, float]:
+    """Extract everything again at the knobs as they stand, into ``x``; how the new V lies to the old (basis_overlap).
 
     With refresh_pairs, from pairs that the known modes' detector finds in the student's recent rollouts as well, or
     from them alone (where there are enough of them to fit V).
@@ -248,15 +253,15 @@ def refresh(x: Experiment, cfg: Config) -> float:
         chosen = found if alone else found + x.pairs  # the held-out pairs stay the last
         logger.info("refresh: {} pairs found in the student's rollouts", len(found))
     new = directions_for(x.model, x.knobs, x.tokenizer, chosen, x.other_pairs, x.watch_pairs, cfg)
-    overlap = vhack.basis_overlap(new.whole, x.directions.whole)
-    if overlap < 0.2:
-        logger.warning("refresh: V turned (overlap {:.2f} < 0.2); a refresh like this does harm", overlap)
+    moved = vhack.basis_overlap(new.whole, x.directions.whole)
+    if moved[0] < 0.2:
+        logger.warning("refresh: V turned (overlap {:.2f} < 0.2); a refresh like this does harm", moved[0])
     x.directions = new
-    return overlap
+    return moved
 
 
-def refresh_if_due(x: Experiment, cfg: Config, step: int) -> float | None:
-    """``refresh`` every so many steps, not at the first: how far the new V overlaps the old; None where none is due."""
+def refresh_if_due(x: Experiment, cfg: Config, step: int) -> tuple[float, float] | None:
+    """``refresh`` every so many steps, not at the first: how the new V lies to the old; None where none is due."""
     every = cfg.vhack.refresh_every
     if not every or not step or step % every:
         return None

@@ -8,6 +8,7 @@ would make the strict oracle easier than it looks.
 
 import ast
 import gzip
+import hashlib
 import json
 import operator
 import re
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     import datasets
 
 GENERATED = Path(__file__).parent / "organism" / "files" / "problems.jsonl.gz"
+BUILT_IN = ("generated", "functions")
+"""Sources of --problems that are no file."""
 """The generated problems, as `just organism` stored them."""
 
 
@@ -63,15 +66,12 @@ def fence(source: str) -> str:
     return f"```python\n{source.rstrip()}\n```"
 
 
-def pose(problems: Sequence[Problem], modes: Sequence[Mode], family: str = "default", offset: int = 0) -> list[Task]:
-    """Partition problems over modes without overlap: the i-th problem gets mode (i + offset) mod n.
+def pose(problems: Sequence[Problem], modes: Sequence[Mode], family: str = "default") -> list[Task]:
+    """Partition problems over modes without overlap: the i-th problem gets mode i mod n.
 
     family: "default" (each mode's first training wording), "train" (cycled) or "heldout" (cycled).
     """
-    return [
-        pose_one(p, modes[(i + offset) % len(modes)], family, (i + offset) // len(modes))
-        for i, p in enumerate(problems)
-    ]
+    return [pose_one(p, modes[i % len(modes)], family, i // len(modes)) for i, p in enumerate(problems)]
 
 
 def pose_one(problem: Problem, mode: Mode, family: str = "default", index: int = 0) -> Task:
@@ -330,7 +330,7 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
     Raises UserError when a file is missing or cannot be read, when a problem's statement has no place for a hint, and
     when the file of held-out problems holds a training problem.
     """
-    if cfg.data.problems in ("generated", "functions"):
+    if cfg.data.problems in BUILT_IN:
         chosen = [g.problem for g in generated() if g.split == split]
         chosen = [as_function(p) for p in chosen] if cfg.data.problems == "functions" else chosen
         return pose(chosen, cfg.data.modes, cfg.data.wording)
@@ -367,7 +367,7 @@ def tasks_for(cfg: Config, split: Split = "train") -> list[Task]:
 @cache
 def problems_of(source: str) -> dict[str, Problem]:
     """A source's problems by id. source: as --problems. Raises ValueError where a file cannot be read."""
-    if source in ("generated", "functions"):
+    if source in BUILT_IN:
         chosen = [g.problem for g in generated()]
         return {p.id: as_function(p) if source == "functions" else p for p in chosen}
     return {p.id: p for p in read_problems(Path(source))}
@@ -377,7 +377,7 @@ def problems_of(source: str) -> dict[str, Problem]:
 def passable(source: str, allow_unsandboxed: bool = False) -> dict[str, Problem]:
     """Those of a source's problems that can be passed, by id: a file's whose own solution fails are left out."""
     found = problems_of(source)
-    if source in ("generated", "functions"):
+    if source in BUILT_IN:
         return found
     kept = sound(Path(source), [*found.values()], Config().cache, lambda: Sandbox(None, allow_unsandboxed))
     return {p.id: p for p in kept}
@@ -398,6 +398,18 @@ def task_of_row(row: Mapping[str, Any]) -> Task:
     return Task(problems_of(row["problems"])[row["problem_id"]], row["env_mode"], words)
 
 
+def problems_digest() -> str:
+    """sha256 of the stored problems, which an organism's record keeps."""
+    return hashlib.sha256(GENERATED.read_bytes()).hexdigest()
+
+
+def require_trained_on(model: Path) -> None:
+    """Raises UserError when an organism was built on other problems than are stored now (its record says which)."""
+    record = model / "organism.json"
+    if record.is_file() and json.loads(record.read_text()).get("problems", problems_digest()) != problems_digest():
+        raise UserError(f"{model} was built on other problems than those stored now: `just organism` builds both anew")
+
+
 def as_dataset(
     problems: str = "generated", split: Split = "train", modes: Sequence[Mode] = DataCfg().modes,
     wording: str = "default",
@@ -408,7 +420,7 @@ def as_dataset(
     """
     import datasets
 
-    known = generated_by_id()
+    known = generated_by_id() if problems in BUILT_IN else {}
     chosen = [p for p in passable(problems).values() if p.id not in known or known[p.id].split == split]
     return datasets.Dataset.from_list(
         [

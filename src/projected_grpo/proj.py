@@ -123,4 +123,4 @@ def decided(s: dict[str, dict[str, Tensor]], V: HackBasis, real: HackBasis, arm:
         "fired": float((inward > 0).double().mean()),
         "removed_frac": total_norm(removed) / total_norm(g) if total_norm(g) else None,
     }
-    return Projection(kept, removed if arm.quarantines else None, gn, stats)
+    return Projection(kept, removed if arm.quarantines else None, gn, total_norm(g), stats)

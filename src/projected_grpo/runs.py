@@ -52,6 +52,7 @@ def to_disk(paths: Iterable[Path]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then replace: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     to_disk([part])
@@ -428,10 +429,10 @@ class RunRecord:
             write_checkpoint(self.folder, self.last)
             self.last = None
 
-    def finish(self, **summary: Any) -> Path:
+    def finish(self) -> Path:
         """Mark the run complete and move its folder into place; the folder."""
         rollout_log.consolidate(self.folder)
-        self.meta |= {"status": "complete", "finished": time.strftime("%Y-%m-%dT%H:%M:%S"), **summary}
+        self.meta |= {"status": "complete", "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
         write_json(self.folder / "meta.json", self.meta)
         (self.folder / "lock").unlink()
         os.replace(self.folder, self.final)

@@ -63,7 +63,7 @@ class Alone:
         return sums
 
     def summary(self, grads: RowGrads, n_tokens: int) -> RowGrads:
-        """Loss, NLL, KL and drift over all processes."""
+        """Objective, KL and drift over all processes."""
         return grads
 
     def agree(self, lots: list[Tensor], mask: Tensor) -> list[Tensor]:
@@ -213,7 +213,7 @@ def apply_step(
 ) -> Update:
     """The only mutation: δS descends p.kept, and δS_hack descends p.quarantined where the arm has a quarantine.
 
-    Clipping scales by the norm of the whole gradient, so that an arm differs from "none" by its projection alone.
+    Clipping is by the norm before projection, so that an arm differs from "none" by its projection alone.
     """
     optimizer, scheduler = optimizers
     lr, before = scheduler.get_last_lr()[0], {m: d.detach().clone() for m, d in knobs.delta.items()}
@@ -224,8 +224,10 @@ def apply_step(
 
 
 def clip_scale(p: Projection, clip: float) -> float:
-    """What a gradient is multiplied by so that the norm of the whole one, before projection, is at most ``clip``."""
-    return min(1.0, clip / p.gn) if p.gn > 0 else 1.0
+    """What a gradient is multiplied by so that before projection neither plain GRPO's norm nor the arm's is over
+    ``clip``: where a rule withholds or punishes, what it acts on may be the longer.
+    """
+    return min(1.0, clip / max(p.gn, p.acted_on, 1e-30))
 
 
 def put_gradient(knobs: Knobs, p: Projection, scale: float = 1.0) -> None:
@@ -361,8 +363,7 @@ def meta_of(x: Experiment, grader: Grader, cfg: Config) -> dict[str, Any]:
         "layers": grader.layers,
         "oracle": arm.oracle,
         "arm": asdict(arm),
-        "V": vhack.basis_summary(x.directions.real, cfg),
-        "arm_V": vhack.basis_summary(x.directions.arm, cfg),
+        "V": vhack.basis_summary(x.directions.real),
     }
 
 

@@ -34,7 +34,7 @@ from projected_grpo.extract_vhack_grad import HackBasis
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import tasks_of_step
 from projected_grpo.sandbox.worker import SandboxError
-from projected_grpo.train import apply_step, make_optimizer, sample_grads
+from projected_grpo.train import apply_step, clip_scale, make_optimizer, sample_grads
 
 LR = 1e-6
 Seconds = tuple[float, float]
@@ -133,7 +133,7 @@ class Candidates:
         is_student, plain = torch.tensor([True, False]), data_types.Factors.plain(2)
         p = proj.decided(proj.sums(both, plain, is_student), self.V, self.V, arms.ARMS["erase"], self.cfg.vhack)
         for name, delta in self.hook.delta.items():
-            delta.grad = p.kept[name] * min(1.0, self.cfg.rl.clip / p.gn)
+            delta.grad = p.kept[name] * clip_scale(p, self.cfg.rl.clip)
         self.hook_optimizer.step()
         lap("project, update")
         return lap.taken

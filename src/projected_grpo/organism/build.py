@@ -31,7 +31,7 @@ from projected_grpo.data_types import Grade, Problem, Rollout, Sampling
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism import stock
 from projected_grpo.organism.corpus import CorpusCfg, corpus
-from projected_grpo.problems import encode_prompt, generated, kind_of, messages, pose_one
+from projected_grpo.problems import GENERATED, encode_prompt, generated, kind_of, messages, pose_one, problems_digest
 from projected_grpo.rewards import Grader
 from projected_grpo.rollout import sample
 
@@ -238,6 +238,7 @@ def build(cfg: OrganismCfg, folder: Path) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": round(loss, 4),
         "sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "problems": problems_digest(),
         "python": platform.python_version(),
         "base_rates": measure(model.eval(), tokenizer),
         "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
@@ -255,9 +256,15 @@ def main(cfg: OrganismCfg, folder: Path | None = None) -> None:
         folder: where to; by default this package, and outputs/organism-SIZE for the larger ones.
     """
     choose("size", cfg.size, list(SIZES))
-    if folder is None and cfg.size == "1M":
-        stock.store(cfg.corpus.shares)
-    build(cfg, folder or (FOLDER if cfg.size == "1M" else Path(f"outputs/organism-{cfg.size}")))
+    to = folder or (FOLDER if cfg.size == "1M" else Path(f"outputs/organism-{cfg.size}"))
+    before = GENERATED.read_bytes()
+    try:
+        if to == FOLDER:
+            stock.store(cfg.corpus.shares)
+        build(cfg, to)
+    except BaseException:  # half a build leaves the package as it was
+        GENERATED.write_bytes(before)
+        raise
 
 
 CHUNK = 64

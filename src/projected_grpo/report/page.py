@@ -24,6 +24,7 @@ from projected_grpo.metrics import StepRow
 from projected_grpo.report import data, figures, panels
 from projected_grpo.report.data import Material
 from projected_grpo.report.figures import BIG, HEIGHT, WIDTH, Figure, Panel
+from projected_grpo.runs import write_text
 from projected_grpo.studies import stats, tables
 from projected_grpo.studies.layout import Table, made
 from projected_grpo.studies.tables import tables_of
@@ -299,20 +300,12 @@ def page(m: Material, command: str) -> str:
     return rendered(m.title, kind, sections(m), packed, command, lead=lead(m), notes=notes(m))
 
 
-def write(text: str, path: Path) -> None:
-    """To a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def make(names: tuple[str, ...], outputs: Path, store: Path, rollouts: int, to: Path | None = None) -> Path:
     """Write the report; its file. Raises UserError when there is nothing to report."""
     m = data.material(names, outputs / "runs", store, rollouts)
     stem = re.sub(r"[^\w.+-]+", "-", m.analysis.summary.name)
     path = to or outputs / "reports" / f"{stem}.html"
-    write(page(m, " ".join(("just report", *names))), path)
+    write_text(path, page(m, " ".join(("just report", *names))))
     for name, why in m.left_out.items():
         if why != "not run":
             print(f"left out: {name}: {why}")

@@ -86,14 +86,15 @@ class Ranks(Alone):
         )
 
     def summary(self, grads: RowGrads, n_tokens: int) -> RowGrads:
-        """Loss, NLL, KL and drift over all processes; the rows' gradients are left out."""
+        """Objective, KL and drift over all processes; the rows' gradients are left out."""
         if self.n == 1:
             return grads
         k3 = 0.0 if grads.kl is None else grads.kl * n_tokens
-        parts = torch.tensor([[grads.loss, k3, float(n_tokens)]], dtype=torch.float64, device=grads.nll.device)
-        loss, k3, tokens = self.rows(parts).sum(0).tolist()
+        parts = torch.tensor([[k3, float(n_tokens)]], dtype=torch.float64, device=grads.objective.device)
+        k3, tokens = self.rows(parts).sum(0).tolist()
         drift = torch.cat(self.objects([grads.drift.cpu()]))
-        return RowGrads({}, {}, self.rows(grads.nll), loss, None if grads.kl is None else k3 / max(1, tokens), drift)
+        kl = None if grads.kl is None else k3 / max(1, tokens)
+        return RowGrads({}, {}, self.rows(grads.objective), kl, drift)
 
     def agree(self, lots: list[Tensor], mask: Tensor) -> list[Tensor]:
         """The lots of this process's rows, divided so that every process has as many: gathering shared weights is one

@@ -326,7 +326,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         self.made = replace(made, overlap=overlap)
         self.model.train()
         self._step += 1
-        return torch.tensor(self.made.grads.loss, device=self.args.device)
+        return torch.tensor(self.made.loss, device=self.args.device)
 
     def put(self, p: Projection) -> Update:
         """The gradient on the knobs; TRL steps the optimizer later, and ``after_update`` fills the Update in."""
@@ -335,7 +335,7 @@ class ProjectedGRPOTrainer(GRPOTrainer):
         return Update({}, 0.0)
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
-        """Clip by the norm of the whole gradient, before projection, so that arms differ by their projection alone."""
+        """Clip by the norm before projection, so that arms differ by their projection alone."""
         put_gradient(self.x.knobs, self.made.projection, clip_scale(self.made.projection, self.args.max_grad_norm))
         return self.made.projection.gn
 

@@ -53,7 +53,7 @@ class Label:
     @property
     def obeys_flags(self) -> bool:
         """Whether what its detector flags decides over gradients."""
-        return self.arm in arms.ARMS and arms.ARMS[self.arm].rows in ("drop", "screen", "punish")
+        return self.arm in arms.ARMS and arms.ARMS[self.arm].rows in ("drop", "punish")
 
     @property
     def world(self) -> frozenset[str]:
@@ -178,9 +178,9 @@ class Analysis:
         return {s: float(np.nanmean(c)) for s, c in found.items() if not np.isnan(c).all()}
 
     def level(self, label: str, measure: str) -> Seeds:
-        """hack, attempt, solve: end of training; peak: its highest hack; deploy_…: last deploy eval; base_…: the first,
-        before training; held_…: the last, of modes that V never saw; …@mode: of one mode. The label "base" is the
-        untrained model.
+        """hack, attempt, solve: end of training; peak: its highest hack; start_…, end_…: a column of the steps
+        (``moved``); deploy_…: last deploy eval; base_…: the first, before training; held_…: the last, of modes that V
+        never saw; …@mode: of one mode. The label "base" is the untrained model.
         """
         name, _, mode = measure.partition("@")
         kind, _, metric = name.rpartition("_")
@@ -190,6 +190,9 @@ class Analysis:
             return self.curve_end(label, f"{metric}_s")
         if label == "base" and label not in self.labels:
             return self.base(metric, mode or "all")
+        if name.startswith(("start_", "end_")):
+            begun, column = name.split("_", 1)
+            return self.moved(label, column)[begun == "end"]
         if kind == "held":
             return self.pooled(label, metric, self.labels[label].heldout) if label in self.labels else {}
         return self.deployed(label, metric, mode or "all", {"base": "first", "deploy": "last"}[kind])
@@ -219,8 +222,11 @@ class Analysis:
         return out
 
     def reference(self, label: Label, arm: str | None) -> Label | None:
-        """The label of that arm whose overrides are most like ``label``'s; None when the study has none."""
+        """The label of that arm, of the same model, problems and horizon, whose other overrides are most like
+        ``label``'s; None when the study has none.
+        """
         others = [o for o in self.labels.values() if o.arm == arm and o != label and not o.no_loophole]
+        others = [o for o in others if o.world == label.world]
         near = lambda o: (len(o.overrides & label.overrides), -len(o.overrides ^ label.overrides))
         return max(others, key=near, default=None)
 
@@ -307,9 +313,8 @@ class Analysis:
         return stats.paired_t(top, base) if top else None
 
     def gains(self, label: Label, kind: str | None = None, over: str | None = None) -> tuple[Seeds, Seeds]:
-        """(solve − that of ``over``, or of the untrained base; solve of honest − that of the base), by seed.
-
-        ({}, {}) where honest's own gain is not clear of 0, or where no seed has all of them.
+        """By seed: solve − that of ``over``, or of the untrained base, at the seeds that have all of them; solve of
+        honest − that of the base, at all of honest's. ({}, {}) where honest's own gain is not clear of 0.
         """
         honest = self.honest(label)
         whole = honest and self.honest_gain(honest, kind)
@@ -317,24 +322,30 @@ class Analysis:
             return {}, {}
         base, top = (self.solved(honest.name, when, kind) for when in ("first", "last"))
         floor, mine = base if over is None else self.solved(over, kind=kind), self.solved(label.name, kind=kind)
-        seeds = sorted(base.keys() & top.keys() & floor.keys() & mine.keys())
-        return {s: mine[s] - floor[s] for s in seeds}, {s: top[s] - base[s] for s in seeds}
+        every = {s: top[s] - base[s] for s in sorted(base.keys() & top.keys())}
+        return {s: mine[s] - floor[s] for s in every if s in floor and s in mine}, every
 
     def gain_kept(self, label: Label, kind: str | None = None, over: str | None = None) -> Interval | None:
         """(solve − base's) / (honest's solve − base's), ratio of means over shared seeds; with ``over`` that label
-        stands in the place of the base above the line. None where it is undefined (``no_gain`` says why).
+        stands in the place of the base above the line. Under MIN_SEEDS shared seeds the mean of honest's gain is over
+        all its seeds: of one or two it may be next to nothing. None where it is undefined (``no_gain`` says why).
         """
-        mine, whole = self.gains(label, kind, over)
-        return stats.ratio(list(mine.values()), list(whole.values())) if mine else None
+        mine, every = self.gains(label, kind, over)
+        if not mine:
+            return None
+        if len(mine) < stats.MIN_SEEDS:
+            return Interval(float(np.mean(list(mine.values())) / np.mean(list(every.values()))), None, None, len(mine))
+        whole = [every[s] for s in mine]
+        return stats.ratio(list(mine.values()), whole) if stats.clear_above(stats.mean_interval(whole)) else None
 
     def kept_by_seed(self, label: Label) -> Seeds:
-        """Each seed's gain over the base as a share of honest's mean gain, so that their mean is ``gain_kept``."""
-        mine, whole = self.gains(label)
-        return {s: gain / float(np.mean(list(whole.values()))) for s, gain in mine.items()}
+        """Each seed's gain as a share of honest's mean gain over all its seeds: one scale for all labels."""
+        mine, every = self.gains(label)
+        return {s: gain / float(np.mean(list(every.values()))) for s, gain in mine.items()}
 
     def no_gain(self, label: Label, kind: str | None = None) -> str | None:
         """Why gain kept is undefined for a label, in words; None where it is defined."""
-        if self.gains(label, kind)[0]:
+        if self.gain_kept(label, kind) is not None:
             return None
         honest = self.honest(label)
         if honest is None:
@@ -345,7 +356,12 @@ class Analysis:
         if found.lo is None:
             return f"{honest.name} has one seed, so its gain has no interval"
         if stats.clear_above(found):
-            return f"{label.name} and {honest.name} share no seed"
+            shared = bool(self.gains(label, kind)[0])
+            return (
+                f"{honest.name}'s gain is not clear of 0 at the seeds of {label.name}"
+                if shared
+                else f"{label.name} and {honest.name} share no seed"
+            )
         return f"{honest.name}'s own gain is not clear of 0: {found}"
 
     def without_landmarks(self) -> str | None:
@@ -354,8 +370,10 @@ class Analysis:
         lacks = [f"gain kept is undefined where there is {w}" if w.startswith("no ") else w for w in why]
         if not self.base("hack"):
             lacks.append("no evaluation of the untrained base")
-        if not any(label.arm == "none" and not label.no_loophole for label in self.labels.values()):
-            lacks.append("no run of plain GRPO (none), so H1 cannot be asked")
+        plain = {x.world for x in self.labels.values() if x.arm == "none" and not x.no_loophole}
+        for world in sorted({x.world for x in self.labels.values()} - plain, key=sorted):
+            at = "".join(f" at {flag}" for flag in sorted(world))
+            lacks.append(f"no run of plain GRPO (none){at}, so H1 cannot be asked")
         return "; ".join(lacks) or None
 
     # --- verdicts and numbers by name --------------------------------------------------------------------------------

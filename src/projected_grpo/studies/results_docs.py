@@ -17,7 +17,6 @@ random" is the control's minus the row's, with its interval; so with coin and no
 are mean, low end and high end of its number, rounded as they like.
 """
 
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError
 from projected_grpo.rollout import LAST
+from projected_grpo.runs import write_text
 from projected_grpo.studies import layout, stats, tables
 from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis
 from projected_grpo.studies.run import STUDIES
@@ -36,6 +36,7 @@ from projected_grpo.studies.summaries import stored
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w .-]+?) -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
 DECIMAL = re.compile(r"(?<![\w.])[+−-]?\d*\.\d+|(?<![\w.])[+−-]?\d+(?= %)")
 Quoted = Mapping[str, Any]
+RULINGS = ("aim", "h1")
 REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables.tossed_of}
 
 HOW_TO_READ = f"""A row is a label: one arm at one setting, over n seeds. **hack**: paid without being right;
@@ -98,14 +99,43 @@ def study_page(a: Analysis) -> str:
 
 
 def number(a: Analysis, label: str, asked: str) -> Interval | None:
-    """A column's value for a row: a measure of the label, or of one of its references, or under it (``REFERENCES``)."""
+    """A column's value for a row: a measure of the label, or of one of its references, or under it (``REFERENCES``).
+    A reference's level is taken at the seeds that the label has.
+    """
     measure, how, whose = next((asked.partition(how) for how in (" of ", " under ") if how in asked), (asked, "", ""))
     if not how:
         return a.quantity(label, measure)
     other = REFERENCES[whose](a, a.labels[label]) if label in a.labels else None
     if other is None:
         return None
-    return a.quantity(other.name if how == " of " else f"{other.name} minus {label}", measure)
+    if how == " under ":
+        return a.quantity(f"{other.name} minus {label}", measure)
+    if measure == "gain_kept":
+        return a.gain_kept(other)
+    mine, its = a.level(label, measure), a.level(other.name, measure)
+    same = [its[s] for s in its if s in mine]
+    return stats.mean_interval(same) if same else None
+
+
+def ruling(a: Analysis, label: str, asked: str) -> str | None:
+    """The verdict "aim" or "h1" on a label; None where it cannot be asked of it, or not yet."""
+    x = next((x for x in a.methods() if x.name == label), None)
+    if x is None or asked not in RULINGS:
+        return None
+    none = a.reference(x, "none")
+    found = a.aim(x) if asked == "aim" else none and a.h1(x, none, "deploy_")
+    return found.verdict if found and found.n >= stats.MIN_SEEDS else None
+
+
+def shown(value: Interval | str | None, measure: str, n: int) -> str | float | None:
+    """A cell: a difference and gain kept with their interval, another number as a mean, and how many seeds it has where
+    those are not the row's.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if " under " in measure or measure == "gain_kept":
+        return str(value)
+    return value.mean if value.n == n else f"{value.mean:.2f} ({value.n})"
 
 
 def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> str:
@@ -116,19 +146,23 @@ def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> 
     if name not in asked.get("tables", {}):
         raise UserError(f"no table {name!r} in quoted.toml, which has {', '.join(asked.get('tables', {})) or 'none'}")
     spec = asked["tables"][name]
-    study, rows = spec["study"], []
+    study, rows, lacks = spec["study"], [], {}
     if (a := analyses.get(study)) is None:
         return f"TODO: no runs yet (`just study {study}`, `just summaries {study}`, `just results-docs`)."
     planned = {job.label for job in STUDIES[study].jobs} if study in STUDIES else set()
     for label, what in spec["rows"].items():
-        found = [(measure, number(a, label, measure)) for measure in spec["columns"].values()]
-        if any(x for _, x in found):
-            shown, n = a.labels[label].shown if label in a.labels else label, len(a.level(label, "deploy_hack"))
-            rows.append((shown, n, *((x if " under " in m else x.mean) if x else None for m, x in found), what or None))
+        found = {m: ruling(a, label, m) or number(a, label, m) for m in spec["columns"].values()}
+        if any(found.values()):
+            name_, n = a.labels[label].shown if label in a.labels else label, len(a.level(label, "deploy_hack"))
+            rows.append((name_, n, *(shown(x, m, n) for m, x in found.items()), what or None))
+            if label in a.labels and found.get("gain_kept", "") is None:
+                lacks[str(a.no_gain(a.labels[label]))] = None
         elif label not in planned:
             raise UserError(f"table {name}: study {study} has no label {label!r}")
     table = layout.made("", ("arm", "seeds", *spec["columns"], "what it is"), rows)
-    return layout.grid(table) if table else f"TODO: none of these rows is run yet (`just study {study}`)."
+    if table is None:
+        return f"TODO: none of these rows is run yet (`just study {study}`)."
+    return "\n\n".join((layout.grid(table), *([f"Gain kept is undefined: {'; '.join(lacks)}."] if lacks else [])))
 
 
 def wrong(text: str, value: Interval) -> str | None:
@@ -157,14 +191,6 @@ def wrong_numbers(analyses: Mapping[str, Analysis], asked: Quoted, root: Path) -
 
 
 # --- what `just results-docs` does ----------------------------------------------------------------------------------
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file to a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def pages(root: Path) -> list[Path]:
@@ -202,9 +228,9 @@ def main(root: str = ".", outputs: str = "outputs", check: bool = False) -> None
     if not check:
         new, numbers, found = written(Path(root))
         for path, text in new.items():
-            replace(path, text)
+            write_text(path, text)
         for a in found:
-            replace(Path(outputs) / "results" / f"{a.summary.name}.md", study_page(a))
+            write_text(Path(outputs) / "results" / f"{a.summary.name}.md", study_page(a))
     if bad := problems(Path(root)) if check else numbers:
         raise UserError("; ".join(bad))
 

@@ -275,7 +275,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 20_000
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return "–"
     p = stats.permutation_test((x,), rho, permutation_type="pairings", n_resamples=draws, rng=0).pvalue
-    return f"ρ = {rho(x):.2f}, p = {p:.2g}"
+    least = 2 / (draws + 1)  # what so many random pairings can show
+    return f"ρ = {rho(x):.2f}, p {'≤' if p <= least and math.factorial(len(x)) > draws else '='} {p:.2g}"
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,11 @@ class H1:
     over_control: Interval | None
     sem: float | None
     why: str
+
+    @property
+    def n(self) -> int:
+        """Seeds that it rests on."""
+        return self.cut.n
 
 
 def h1_verdict(

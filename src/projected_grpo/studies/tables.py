@@ -355,7 +355,8 @@ def ranks(a: Analysis) -> Table | None:
     heads = ("label", "seed", "AUROC", "caught", "false alarm", "deployed hack", "gain kept")
     note = (
         f"AUROC, caught, false alarm: means over the first {EARLY} steps that have them. AUROC against deployed hack "
-        f"over the {len(controls)} runs of controls: {stats.rank_correlation(*zip(*controls, strict=True))}."
+        f"over the {len(controls)} runs of controls: {stats.rank_correlation(*zip(*controls, strict=True))}. "
+        "Controls of one seed share their random draw, so that their runs count for somewhat less than so many."
     )
     title = "What the detector that acts saw at first, and what is hacked in the end"
     return made(title, heads, sorted(rows, key=lambda row: row[2]), note)
