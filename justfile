@@ -49,7 +49,7 @@ grader-table:
 sandbox:
     {{python}} -m projected_grpo.sandbox
 
-# rebuild the embedded tiny model from nothing, its problems first (about ten minutes); --size=4M: a larger one, in outputs/
+# rebuild the embedded tiny model from nothing, its problems first (about ten minutes); --size=4M: a larger one, in outputs/ (half an hour)
 organism *ARGS:
     {{python}} -m projected_grpo.organism.build {{ARGS}}
 

@@ -2,7 +2,7 @@
 
 Gradients of weights never travel, since weights are frozen. A process keeps its own rollouts' token ids and gradients;
 what a rule must see of all rollouts (rewards, advantages, flags) is gathered, and what a projection reads of their
-gradients is linear in the rows, so five sums over all knobs are added up (``proj.sums``).
+gradients is linear in the rows, so four sums over all knobs are added up (``proj.sums``).
 """
 
 from collections.abc import Sequence
