@@ -247,11 +247,11 @@ def test_a_cached_basis_that_was_cut_short_is_made_anew(cache):
 def test_an_interrupted_factorisation_goes_on_where_it_stopped(cache, monkeypatch):
     weights, written, save = named([torch.randn(5, 3) for _ in range(4)]), [], antipasto.save
 
-    def fails_at_the_third(U, Vh, path):
+    def fails_at_the_third(both, path):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path)
-        save({"U": U, "Vh": Vh}, path)
+        save(both, path)
 
     monkeypatch.setattr(antipasto, "save", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):

@@ -92,6 +92,13 @@ def shared(a: Seeds, b: Seeds) -> tuple[list[float], list[float]]:
     return [a[s] for s in both], [b[s] for s in both]
 
 
+def divisor(mine: Seeds, every: Seeds) -> list[float]:
+    """Honest's gains that gain kept is read against: at the label's seeds; of fewer than MIN_SEEDS all that honest has,
+    since the mean of one or two may be next to nothing.
+    """
+    return [every[s] for s in mine] if len(mine) >= stats.MIN_SEEDS else list(every.values())
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Lookups over one study's summary."""
@@ -327,21 +334,20 @@ class Analysis:
 
     def gain_kept(self, label: Label, kind: str | None = None, over: str | None = None) -> Interval | None:
         """(solve − base's) / (honest's solve − base's), ratio of means over shared seeds; with ``over`` that label
-        stands in the place of the base above the line. Under MIN_SEEDS shared seeds the mean of honest's gain is over
-        all its seeds: of one or two it may be next to nothing. None where it is undefined (``no_gain`` says why).
+        stands in the place of the base above the line. None where it is undefined (``no_gain`` says why).
         """
         mine, every = self.gains(label, kind, over)
-        if not mine:
+        whole = divisor(mine, every)
+        if not mine or (len(mine) >= stats.MIN_SEEDS and not stats.clear_above(stats.mean_interval(whole))):
             return None
         if len(mine) < stats.MIN_SEEDS:
-            return Interval(float(np.mean(list(mine.values())) / np.mean(list(every.values()))), None, None, len(mine))
-        whole = [every[s] for s in mine]
-        return stats.ratio(list(mine.values()), whole) if stats.clear_above(stats.mean_interval(whole)) else None
+            return Interval(float(np.mean(list(mine.values())) / np.mean(whole)), None, None, len(mine))
+        return stats.ratio(list(mine.values()), whole)
 
     def kept_by_seed(self, label: Label) -> Seeds:
-        """Each seed's gain as a share of honest's mean gain over all its seeds: one scale for all labels."""
+        """Each seed's gain as a share of what ``gain_kept`` divides by, so that their mean is that."""
         mine, every = self.gains(label)
-        return {s: gain / float(np.mean(list(every.values()))) for s, gain in mine.items()}
+        return {s: gain / float(np.mean(divisor(mine, every))) for s, gain in mine.items()}
 
     def no_gain(self, label: Label, kind: str | None = None) -> str | None:
         """Why gain kept is undefined for a label, in words; None where it is defined."""
