@@ -68,8 +68,11 @@ def test_a_run_refuses_an_organism_of_other_problems(tmp_path):
         prepare.check(replace(Config(), model=replace(Config().model, model=str(tmp_path))))
 
 
-def test_a_build_that_stops_leaves_the_package_as_it_was(monkeypatch):
-    before = problems.problems_digest()
+def test_a_build_that_stops_leaves_the_package_as_it_was(tmp_path, monkeypatch):
+    before, copied = problems.problems_digest(), tmp_path / "problems.jsonl.gz"
+    copied.write_bytes(problems.GENERATED.read_bytes())
+    for module in (build, problems):
+        monkeypatch.setattr(module, "GENERATED", copied)
     drawn = {f"{family}-{number:03d}": (None, None) for family, number in build.stock.order()}
     monkeypatch.setattr(build.stock, "draw", lambda shares: drawn)
     monkeypatch.setattr(build.stock, "row_of", lambda draft, problem: {})

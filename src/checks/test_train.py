@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import loss, problems, rollout_log
+from projected_grpo import loss, prepare, problems, rollout_log
 from projected_grpo.command_line import parse
 from projected_grpo.config import PRESETS, UserError
 from projected_grpo.metrics import StepRow
@@ -208,3 +208,11 @@ def test_rl_tasks_never_hold_a_held_out_problem():
     trained = {t.problem.id for t in problems.tasks_for(cfg)}
     assert not trained & {t.problem.id for t in problems.tasks_for(cfg, "test")}
     assert len(trained) == len(problems.tasks_for(cfg))  # one mode a problem
+
+
+@pytest.mark.parametrize("modes", ["run_tests gt_only", "run_tests sentinel", "gt_only"])
+def test_no_problem_is_held_out_twice_in_a_mode(modes):
+    """n_eval problems a mode, and as many without a loophole whether that is among the modes or not."""
+    cfg = parse(["organism", "--modes", *modes.split(), "--n-eval=8"])
+    found = [(task.mode, task.problem.id) for task in prepare.held_out_tasks(cfg)]
+    assert len(found) == len(set(found)) == 8 * len({*modes.split(), "gt_only"})

@@ -215,7 +215,7 @@ def sliced(basis: HackBasis, cfg: VHackCfg) -> HackBasis:
 def basis_overlap(new: HackBasis, old: HackBasis) -> tuple[float, float]:
     """Of two whole bases of one model: (mean |⟨V_new_i, V_old_i⟩| over all axes, and of the axes at which that is over
     1/2 the share that point the other way now). (1, 0) means nothing turned; an axis that changed places with another
-    counts as turned.
+    lowers the first.
     """
     cosines = torch.cat([(v * old.V[m]).sum(1) for m, v in new.V.items()])
     same = cosines.abs() > 0.5

@@ -260,7 +260,7 @@ def main(cfg: OrganismCfg, folder: Path | None = None) -> None:
     before = GENERATED.read_bytes()
     try:
         if to == FOLDER:
-            stock.store(cfg.corpus.shares)
+            stock.store(cfg.corpus.shares, GENERATED)
         build(cfg, to)
     except BaseException:  # half a build leaves the package as it was
         GENERATED.write_bytes(before)

@@ -362,12 +362,9 @@ class Analysis:
         if found.lo is None:
             return f"{honest.name} has one seed, so its gain has no interval"
         if stats.clear_above(found):
-            shared = bool(self.gains(label, kind)[0])
-            return (
-                f"{honest.name}'s gain is not clear of 0 at the seeds of {label.name}"
-                if shared
-                else f"{label.name} and {honest.name} share no seed"
-            )
+            if self.gains(label, kind)[0]:
+                return f"{honest.name}'s gain is not clear of 0 at the seeds of {label.name}"
+            return f"{label.name} and {honest.name} share no seed"
         return f"{honest.name}'s own gain is not clear of 0: {found}"
 
     def without_landmarks(self) -> str | None:

@@ -153,8 +153,8 @@ def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> 
     for label, what in spec["rows"].items():
         found = {m: ruling(a, label, m) or number(a, label, m) for m in spec["columns"].values()}
         if any(found.values()):
-            name_, n = a.labels[label].shown if label in a.labels else label, len(a.level(label, "deploy_hack"))
-            rows.append((name_, n, *(shown(x, m, n) for m, x in found.items()), what or None))
+            arm, n = a.labels[label].shown if label in a.labels else label, len(a.level(label, "deploy_hack"))
+            rows.append((arm, n, *(shown(x, m, n) for m, x in found.items()), what or None))
             if label in a.labels and found.get("gain_kept", "") is None:
                 lacks[str(a.no_gain(a.labels[label]))] = None
         elif label not in planned:
