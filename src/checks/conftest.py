@@ -1,6 +1,7 @@
 """Fixtures: a tiny random Qwen3 in float64, wrapped, so that mathematics can be checked to many digits."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,10 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from projected_grpo import antipasto, loss
 from projected_grpo.data_types import Problem
+
+# checks run side by side, a process a core: more threads in each of them would only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2) -> Qwen3ForCausalLM:

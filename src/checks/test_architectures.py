@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import KINDS, model_of
+from test_models import KINDS, save_with_words
 from transformers import AutoModelForCausalLM
 
-from projected_grpo import arms, models, pairs, train
+from projected_grpo import arms, pairs, train
 from projected_grpo.arms import ARMS
 from projected_grpo.command_line import parse
-from projected_grpo.config import Config, ModelCfg
+from projected_grpo.config import Config
 from projected_grpo.data_types import Grade
 from projected_grpo.prepare import OWN_PAIRS, Experiment, directions_for, refresh, set_up
 from projected_grpo.runs import RunRecord
@@ -33,16 +33,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A saved random model of each kind, with the organism's tokenizer."""
-    _, tokenizer = models.load(ModelCfg())
-    made = {}
-    for kind in KINDS:
-        made[kind] = tmp_path_factory.mktemp(kind)
-        model = model_of(kind)
-        model.resize_token_embeddings(len(tokenizer))
-        model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        model.save_pretrained(made[kind])
-        tokenizer.save_pretrained(made[kind])
-    return made
+    return {kind: save_with_words(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
 
 
 def config(folder: Path, dtype: str, *more: str) -> Config:

@@ -54,6 +54,17 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, layers: int = 2):
     return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**common, **linear, layer_types=kinds)).to(dtype).eval()
 
 
+def save_with_words(kind: str, folder: Path) -> Path:
+    """That random model in a folder, with the organism's tokenizer: what it writes is nonsense."""
+    _, tokenizer = models.load(ModelCfg())
+    model = model_of(kind)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def moved(knobs: antipasto.Knobs, scale: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -5,12 +5,12 @@ make advantages, gates and pairs do not name the verdict at all.
 """
 
 import ast
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_models import save_with_words
 
 import projected_grpo
 from projected_grpo import arms, pairs, problems, rollout_log
@@ -42,21 +42,20 @@ class Poisoned(Grade):
 
 
 class BlindGrader:
-    """Pays at random and poisons the verdict."""
+    """Pays every second rollout, through the channel, and poisons the verdict."""
 
     def grade(self, submissions):
-        rng = random.Random(0)
         return [
-            Poisoned(reward=rng.choice([0.5, 3.5]), format_ok=True, compiles=True, gt_correct=False, channel=False,
-                     attempted=False, status="ok")
-            for _ in submissions
+            Poisoned(reward=3.5 if paid else 0.5, format_ok=True, compiles=True, gt_correct=False, channel=bool(paid),
+                     attempted=bool(paid), status="ok")
+            for paid in (i % 2 for i in range(len(submissions)))
         ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
-    """One cache for all arms: the weights' SVD and the pairs' gradients are the same."""
-    return tmp_path_factory.mktemp("outputs")
+    """One random model and one cache for all arms: the weights' SVD and the pairs' gradients are the same."""
+    return save_with_words("qwen3", tmp_path_factory.mktemp("outputs"))
 
 
 def experiment(name: str, outputs: Path) -> tuple[Experiment, Config]:
@@ -64,9 +63,10 @@ def experiment(name: str, outputs: Path) -> tuple[Experiment, Config]:
     cfg = PRESETS["smoke"][1]
     cfg = replace(
         cfg,
+        model=replace(cfg.model, model=str(outputs)),
         intervention=name,
         outputs=str(outputs),
-        rl=replace(cfg.rl, group=3, prompts_per_step=2, max_new=40),
+        rl=replace(cfg.rl, group=4, prompts_per_step=4, max_new=12),
         vhack=replace(cfg.vhack, pairs="organism8", n_heldout=2, known_modes=("run_tests", "sentinel")),
         eval=replace(cfg.eval, n_eval=1),
     )
@@ -81,6 +81,7 @@ def test_a_step_never_reads_the_verdict(name, shared):
     assert made.batch.rewards.std() > 0
     assert any(bool(torch.any(d != 0)) for d in made.update.descent.values())
     x.recent.append(made.batch.rollouts)
+    assert pairs.from_rollouts(made.batch.rollouts, cfg.vhack.known_modes)
     refresh(x, replace(cfg, vhack=replace(cfg.vhack, refresh_pairs="both")))
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import write_problems
 
 from projected_grpo import loss, prepare, problems, rollout_log
 from projected_grpo.command_line import parse
@@ -122,12 +123,15 @@ def test_refresh_logs_its_overlap(outputs):
 
 
 def test_teacher_rollouts_join_their_groups(outputs):
-    folder = outputs / "pools" / "p"
-    build_pool.main(["organism", f"--pool={folder}"])
+    folder, world = outputs / "pools" / "p", ["organism"]
+    for flag, split in (("--problems", "train"), ("--eval-problems", "test")):
+        write_problems([t.problem for t in problems.tasks_for(parse(["organism"]), split)[:16]], outputs / split)
+        world.append(f"{flag}={outputs / split}")
+    build_pool.main([*world, f"--pool={folder}"])
     rows = [r for task in rollout_log.read_pool(folder).rows.values() for r in task]
     graded = {(r["grade"]["channel"], r["grade"]["gt_correct"]) for r in rows}
     assert graded == {(True, False), (True, True), (False, True), (False, False)}
-    mixed = run(outputs, "none", f"--pool={folder}", "--mix-ratio=0.25", "--name=mixed")
+    mixed = run(outputs, "none", *world[1:], f"--pool={folder}", "--mix-ratio=0.25", "--name=mixed")
     assert all(row["hack_t"] is not None and row["cin_t"] is not None for row in steps_of(mixed))
     written = rollout_log.frame(mixed)
     assert written["source"].to_list().count("teacher") == 3 * 4
@@ -136,7 +140,7 @@ def test_teacher_rollouts_join_their_groups(outputs):
         assert row["baseline"] == pytest.approx(paid["reward"].mean())
         assert row["reward"] == pytest.approx(paid.filter(source="student")["reward"].mean())
     again = outputs / "pools" / "again"
-    build_pool.main(["organism", f"--pool={again}", f"--from-run={mixed}"])
+    build_pool.main([*world, f"--pool={again}", f"--from-run={mixed}"])
     assert sum(len(r) for r in rollout_log.read_pool(again).rows.values()) == 3 * 4 * 3
 
 
