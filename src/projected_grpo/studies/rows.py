@@ -58,8 +58,8 @@ def row(label: str, suffix: str = "", *flags: str, n_seeds: int | None = None) -
 
 
 TEN = ("honest", "none", "erase", "random_V", BEST, TWIN)
-HORIZON = ("none", "honest", "erase", BEST, "gate_act", "rebound_mul", "random_V", TWIN, "gate_act_random",
-           "rebound_mul_random")  # fmt: skip
+HORIZON = ("none", "honest", "erase", BEST, "gate_act", "gate_drop", "rebound_mul", "random_V", TWIN, "gate_act_random",
+           "gate_random", "rebound_mul_random")  # fmt: skip
 FOLDS = ("erase", "random_V", "rebound_mul", "rebound_mul_random")
 POOL = "--pool=outputs/pools/organism"
 
