@@ -16,7 +16,7 @@ from projected_grpo.data_types import Problem
 
 # checks run side by side, a process a core: more threads in each of them would only wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2) -> Qwen3ForCausalLM:
