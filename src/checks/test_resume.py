@@ -26,6 +26,7 @@ from projected_grpo.rollout import EvalRow
 from projected_grpo.runs import Checkpoint, json_lines
 from projected_grpo.studies import run
 from projected_grpo.tools import build_pool, export
+from projected_grpo.train import train
 
 STUB = """
 import json, os
@@ -117,6 +118,9 @@ def test_what_a_kill_left_is_readable_and_tidied_up(runs):
     assert len(build_pool.from_run(halted)) == 4 * 16
     assert [p.name for _, _, p in checkpoints.places(halted)] == ["step-00000", "step-00002"]
     assert (halted / "checkpoints" / "step-00004.part").exists()
+    assert not (runs / "halted").exists()
+    with pytest.raises(UserError, match="remove it"):
+        train(parse([*SMALL, f"--outputs={runs.parent}", "--name=halted"]))
     left = {p.name for p in (runs / "killed" / "checkpoints").iterdir()}
     assert left == {"step-00004", "step-00005", "relearn-00002"}
     assert not (runs / "killed" / "lock").exists()

@@ -2,10 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -175,23 +171,6 @@ def test_truncated_rollouts_can_be_left_out_of_the_loss(outputs, arm, monkeypatc
     assert weight[~cut].any()
     assert settings["lot_tokens"] == loss.LOT_TOKENS
     assert (settings["cap"], settings["drawn"].isnan().equal(~mask)) == (2, True)
-
-
-def test_a_killed_run_leaves_its_log_and_no_complete_folder(outputs):
-    command = [sys.executable, "-m", "projected_grpo.train", "organism", "--name=killed", f"--outputs={outputs}"]
-    process = subprocess.Popen([*command, *SMALL, "--steps=500"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = outputs / "runs" / "killed.part" / "steps.jsonl"
-    for _ in range(600):
-        if log.exists() and log.read_text().count("\n") >= 2:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(json_lines(log)) >= 2
-    assert json.loads((log.parent / "meta.json").read_text())["status"] == "running"
-    assert not (outputs / "runs" / "killed").exists()
-    with pytest.raises(UserError, match="remove it"):
-        run(outputs, "none", "--name=killed")
 
 
 def test_tasks_of_a_step_cover_all_problems_and_all_modes():
