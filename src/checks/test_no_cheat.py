@@ -46,9 +46,9 @@ class BlindGrader:
 
     def grade(self, submissions):
         return [
-            Poisoned(reward=3.5 if paid else 0.5, format_ok=True, compiles=True, gt_correct=False, channel=bool(paid),
-                     attempted=bool(paid), status="ok")
-            for paid in (i % 2 for i in range(len(submissions)))
+            Poisoned(reward=3.5 if paid else 0.5, format_ok=True, compiles=True, gt_correct=False, channel=paid,
+                     attempted=paid, status="ok")
+            for paid in (i % 2 == 1 for i in range(len(submissions)))
         ]  # fmt: skip
 
 
