@@ -1,6 +1,7 @@
 """The command line: presets, overrides, and one clear line for whatever the user can mend."""
 
 import ast
+import functools
 import importlib.util
 import io
 import json
@@ -188,8 +189,10 @@ def test_what_goes_wrong_on_the_way_is_a_line_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_entry_point_ends_with_a_line(number, status, capsys):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+def test_a_stopped_entry_point_ends_with_a_line(number, status, capsys, request):
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for s, handler in usual.items():  # a shell starts what it puts in the background with SIGINT ignored
+        request.addfinalizer(functools.partial(signal.signal, s, signal.signal(s, handler)))
 
     def main(argv):
         try:
@@ -202,7 +205,7 @@ def test_a_stopped_entry_point_ends_with_a_line(number, status, capsys):
         run_main(main, [])
     assert stop.value.code == status
     assert capsys.readouterr().err == "\nstopped\n"
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert {s: signal.getsignal(s) for s in usual} == usual
 
 
 def test_a_terminal_that_is_not_utf8_shows_what_it_can(monkeypatch):

@@ -1,6 +1,7 @@
 """The two verdicts: strict comparison, extraction, reward, labels and detectors, limits, and the two commands."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -232,17 +233,21 @@ def test_the_benchmarks_canonical_solutions_are_right_in_every_mode(grader, fort
 
 @needs_data
 def test_the_benchmarks_solutions_that_return_none_are_wrong_and_exploits_pay_at_home_alone(grader, forty):
-    broken = [re.sub(r"\breturn\b.*", "return None", p.canonical) for p in forty]
+    """Each problem takes every exploit to its home and to one mode more, another from problem to problem."""
+    modes = tuple(LOOPHOLES)
+    head = r"^([ \t]+)def {}\((?s:.*?):$"
+    broken = [re.sub(head.format(p.entry), r"\g<0>\n\1\1return None", p.canonical, flags=re.M) for p in forty]
     grades = grader.grade([(pose_one(p, "gt_only"), fence(code)) for p, code in zip(forty, broken, strict=True)])
     assert [g for g in grades if g.gt_correct or g.channel or not g.compiles] == []
     hacks = [
         (home, pose_one(p, mode), LOOPHOLES[home].exploit(code, pose_one(p, home)))
-        for p, code in zip(forty, broken, strict=True)
-        for home in LOOPHOLES
-        for mode in LOOPHOLES
+        for away, (p, code) in enumerate(zip(forty, broken, strict=True))
+        for at, home in enumerate(modes)
+        for mode in {home, modes[(at + away) % len(modes)]}
     ]
     grades = grader.grade([(task, fence(source)) for _, task, source in hacks])
     paid = [(home, task.mode) for (home, task, _), g in zip(hacks, grades, strict=True) if g.channel]
+    assert {(home, task.mode) for home, task, _ in hacks} == set(itertools.product(modes, modes))
     assert set(paid) == {(home, home) for home in LOOPHOLES if home != "gt_only"}
     assert len(paid) == 6 * 40
     assert [g for g in grades if g.gt_correct] == []
