@@ -77,7 +77,7 @@ ROWS: dict[str, Row] = {
         row("erase", "unsigned", "--gate=unsigned"),
         Row("no loophole", "none", ("--modes", "gt_only", "--eval-modes", *MODES)),
         *(row(label, f"out {mode}", *known(*others(mode))) for mode in MODES for label in FOLDS),
-        *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=5) for mode in MODES for label in (BEST, TWIN)),
+        *(row(label, f"out {mode}", *known(*others(mode)), n_seeds=10) for mode in MODES for label in (BEST, TWIN)),
         *(row(label, "worded otherwise", "--pairs=otherwise64") for label in ("erase", BEST)),
         *(row(label, "without plans", "--pairs=organism64") for label in ("erase", BEST, TWIN)),
         *(row(label, "plans on both sides", "--pairs=both_planned64") for label in ("erase", BEST)),
