@@ -54,7 +54,7 @@ def source_of(name: str) -> Source:
     held = [path / file for file in ("config.json", "tokenizer.json")]
     if path.name.startswith("organism-") and not any(file.is_file() for file in held):
         raise UserError(
-            f"no model in {name}: run `just organism --size={path.name.partition('-')[2]}`, which builds it"
+            f"no model in {name}: `just organism --size=SIZE` builds one, of a size that `just organism --help` names"
         )
     if name.startswith((".", "/", "~")) and not any(file.is_file() for file in held):
         raise UserError(f"no model in {name}: config.json is missing; give a folder that save_pretrained wrote")

@@ -237,6 +237,12 @@ class Analysis:
         near = lambda o: (len(o.overrides & label.overrides), -len(o.overrides ^ label.overrides))
         return max(others, key=near, default=None)
 
+    def default(self, label: Label) -> Label | None:
+        """The label of the same arm and settings with the preset's own pairs; None when the study has none."""
+        plain = frozenset(flag for flag in label.overrides if not flag.startswith("--pairs="))
+        same = (o for o in self.labels.values() if o.arm == label.arm and o.overrides == plain and o != label)
+        return next(same, None)
+
     def at_same(self, label: Label, arm: str | None) -> Label | None:
         """The label of that arm at ``label``'s settings: no other can be its control. None when the study has none."""
         same = (o for o in self.labels.values() if o.arm == arm and o.overrides == label.overrides and o != label)
@@ -371,6 +377,14 @@ class Analysis:
         """What gain kept and the verdicts lack in this study, in one line; None where nothing is missing."""
         why = dict.fromkeys(told for label in self.labels.values() if (told := self.no_gain(label)))
         lacks = [f"gain kept is undefined where there is {w}" if w.startswith("no ") else w for w in why]
+        gone: dict[str, set[int]] = {}
+        for label in self.labels.values():
+            if (honest := self.honest(label)) and (every := self.gains(label)[1]):
+                gone.setdefault(honest.name, set()).update(self.solved(label.name).keys() - every.keys())
+        for name, seeds in gone.items():
+            if seeds:
+                at = ", ".join(map(str, sorted(seeds)))
+                lacks.append(f"no {name} at seed {at}, so gain kept there is of the other seeds")
         if not self.base("hack"):
             lacks.append("no evaluation of the untrained base")
         plain = {x.world for x in self.labels.values() if x.arm == "none" and not x.no_loophole}

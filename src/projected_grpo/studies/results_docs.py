@@ -28,7 +28,7 @@ from projected_grpo.config import UserError
 from projected_grpo.rollout import LAST
 from projected_grpo.runs import write_text
 from projected_grpo.studies import layout, stats, tables
-from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis
+from projected_grpo.studies.analysis import ONSET_LEVEL, WINDOW, Analysis, shared
 from projected_grpo.studies.run import STUDIES
 from projected_grpo.studies.stats import Interval
 from projected_grpo.studies.summaries import stored
@@ -37,7 +37,9 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[\w .-]+?) -->\n).*?(?=^<!-- end -->
 DECIMAL = re.compile(r"(?<![\w.])[+−-]?\d*\.\d+|(?<![\w.])[+−-]?\d+(?= %)")
 Quoted = Mapping[str, Any]
 RULINGS = ("aim", "h1")
-REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables.tossed_of}
+REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables.tossed_of, "default": Analysis.default}
+
+WHOLE = {make.__name__: make for make in (tables.ranks, tables.relearning, tables.probes, tables.held_out)}
 
 HOW_TO_READ = f"""A row is a label: one arm at one setting, over n seeds. **hack**: paid without being right;
 **attempt**: the exploit is there, whatever the answer; **solve**: the strict oracle says right. Rates are shares,
@@ -100,21 +102,24 @@ def study_page(a: Analysis) -> str:
 
 def number(a: Analysis, label: str, asked: str) -> Interval | None:
     """A column's value for a row: a measure of the label, or of one of its references, or under it (``REFERENCES``).
-    A reference's level is taken at the seeds that the label has.
+    A reference is taken at the seeds that the label has, and on the modes that the label left out.
     """
     measure, how, whose = next((asked.partition(how) for how in (" of ", " under ") if how in asked), (asked, "", ""))
     if not how:
         return a.quantity(label, measure)
-    other = REFERENCES[whose](a, a.labels[label]) if label in a.labels else None
-    if other is None:
+    row = a.labels.get(label)
+    if row is None or (other := REFERENCES[whose](a, row)) is None:
         return None
-    if how == " under ":
-        return a.quantity(f"{other.name} minus {label}", measure)
     if measure == "gain_kept":
-        return a.gain_kept(other)
-    mine, its = a.level(label, measure), a.level(other.name, measure)
-    same = [its[s] for s in its if s in mine]
-    return stats.mean_interval(same) if same else None
+        return a.gain_kept(other) if how == " of " else a.gain_kept(other, over=label)
+    kind, _, metric = measure.partition("_")
+    levels = [
+        a.pooled(x.name, metric, row.heldout) if kind == "held" else a.level(x.name, measure) for x in (other, row)
+    ]
+    its, mine = shared(*levels)
+    if not its:
+        return None
+    return stats.paired_t(its, mine) if how == " under " else stats.mean_interval(its)
 
 
 def ruling(a: Analysis, label: str, asked: str) -> str | None:
@@ -133,9 +138,8 @@ def shown(value: Interval | str | None, measure: str, n: int) -> str | float | N
     """
     if value is None or isinstance(value, str):
         return value
-    if " under " in measure or measure == "gain_kept":
-        return str(value)
-    return value.mean if value.n == n else f"{value.mean:.2f} ({value.n})"
+    told = str(value) if " under " in measure or measure == "gain_kept" else f"{value.mean:.2f}"
+    return told if value.n == n else f"{told} ({value.n})"
 
 
 def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> str:
@@ -149,6 +153,9 @@ def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> 
     study, rows, lacks = spec["study"], [], {}
     if (a := analyses.get(study)) is None:
         return f"TODO: no runs yet (`just study {study}`, `just summaries {study}`, `just results-docs`)."
+    if "table" in spec:
+        whole = WHOLE[spec["table"]](a)
+        return "\n\n".join(filter(None, (layout.grid(whole), whole.note))) if whole else "TODO: nothing in it yet."
     planned = {job.label for job in STUDIES[study].jobs} if study in STUDIES else set()
     for label, what in spec["rows"].items():
         found = {m: ruling(a, label, m) or number(a, label, m) for m in spec["columns"].values()}

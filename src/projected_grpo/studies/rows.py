@@ -88,7 +88,7 @@ ROWS: dict[str, Row] = {
         *(row(label, "16 of all modes", "--pairs=planned16") for label in ("erase", BEST)),
         *(row(label, "mix .125", "--mix-ratio=0.125", POOL) for label in ("none", "erase", BEST)),
         *(row(label, "refresh 0", "--refresh-every=0") for label in ("erase", BEST)),
-        *(row(label, "relearn", "--relearn-steps=100") for label in (BEST, "erase", "route")),
+        *(row(label, "relearn", "--relearn-steps=150") for label in (BEST, "erase", "route")),
         *(row(label, "4M", "--model=outputs/organism-4M") for label in ("honest", "none", BEST)),
     )
 }  # fmt: skip
@@ -140,7 +140,7 @@ STUDY_ROWS = (
     ),
     StudyRow(
         "relearn", "what an arm has kept out comes back no sooner than in the base model",
-        "is the hack gone or hidden?", "steps until attempts pass one half under plain GRPO",
+        "is the hack gone or hidden?", "attempts in 150 steps of plain GRPO, beside those from the untrained model",
         ("none", "honest", *labels(" relearn")), 3,
     ),
     StudyRow(

@@ -29,6 +29,8 @@ Reference = Callable[[Analysis, Label], Label | None]
 """Which label a label is compared with."""
 KEPT = ("gain kept", f"gain kept, {LEARNABLE}")
 BASE = "base (untrained)"
+TAIL = 10
+"""Steps at the end of a relearning attack over which it is read."""
 
 
 def mean(seeds: Seeds) -> stats.Interval | None:
@@ -383,13 +385,25 @@ def over_steps(curves: Mapping[int, stats.Values]) -> float | None:
 
 
 def relearning(a: Analysis) -> Table | None:
-    """Steps of plain GRPO, started from the deployed model, until attempts pass the onset level again."""
+    """Plain GRPO, started from the deployed model: steps until attempts pass the onset level again, attempts and solve
+    in the attack's last steps, and attempts of plain GRPO from the untrained model at the same steps and seeds.
+    """
     rows = []
     for name, label in a.labels.items():
         if again := a.onsets(name, "relearn"):
             none = label if label.arm == "none" else a.reference(label, "none")
-            rows.append((label.shown, again.n, again, a.onsets(none.name) if none else None, *kept(a, label)))
-    return made("Relearning", ("label", "n", "onset again", "none's onset", *KEPT), rows)
+            attack, solve = (a.relearn[name, f"{m}_s"] for m in ("attempt", "solve"))
+            plain = a.curves.get((none.name, "attempt_s"), {}) if none else {}
+            long = {seed: len(curve) for seed, curve in attack.items()}
+            ends = (
+                {s: float(np.mean(c[: long[s]][-TAIL:])) for s, c in curves.items() if len(c) >= long.get(s, np.inf)}
+                for curves in (attack, solve, plain)
+            )
+            starts = (again, a.onsets(none.name) if none else None)
+            rows.append((label.shown, again.n, *starts, *map(short, ends), *kept(a, label)))
+    parts = ("attempts at the end", "solve at the end", "attempts from the base by then")
+    note = f"At the end: mean of the attack's last {TAIL} steps; from the base: plain GRPO at the same steps and seeds."
+    return made("Relearning", ("label", "n", "onset again", "none's onset", *parts, *KEPT), rows, note)
 
 
 def scales(a: Analysis) -> Table | None:
