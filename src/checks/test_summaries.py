@@ -239,6 +239,50 @@ def test_missing_landmarks_are_one_line_and_nothing_is_lost(tmp_path, plants, to
         assert f"| {label}" in page
 
 
+def test_seeds_that_honest_lacks_are_named_and_gain_kept_says_how_many_it_has(tmp_path):
+    jobs = [job(arm, arm, seed) for arm in ("none", "honest", "erase") for seed in SEEDS[: 2 if arm == "honest" else 3]]
+    for j in jobs:
+        write_run(tmp_path, j, Plant(0.1, {"honest": 0.6}.get(j.label, 0.4)), oracle=j.label == "honest")
+    a = Analysis(summaries.summarise(study("s", jobs), tmp_path))
+    assert f"no honest at seed {SEEDS[2]}" in a.without_landmarks()
+    asked = {"study": "s", "columns": {"gain kept": "gain_kept"}, "rows": {"erase": ""}}
+    table = results_docs.quoted_table({"s": a}, "t", {"tables": {"t": asked}})
+    kept = a.gain_kept(a.labels["erase"])
+    assert kept.n == 2
+    assert f"{kept} (2)" in table
+
+
+def test_a_reference_is_read_on_the_mode_that_the_row_left_out(world):
+    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    name, none = "drop but sentinel", a.deployed("none", "hack", "sentinel")
+    assert results_docs.number(a, name, "held_hack of none").mean == pytest.approx(np.mean(list(none.values())))
+    mine = a.deployed(name, "hack", "sentinel")
+    under = results_docs.number(a, name, "held_hack under none")
+    assert under.mean == pytest.approx(np.mean([none[s] - mine[s] for s in SEEDS]))
+
+
+def test_pairs_are_read_against_the_presets_own_at_the_same_seeds(tmp_path):
+    jobs = [job("erase", "erase", seed) for seed in SEEDS]
+    jobs += [job("erase other", "erase", seed, "--pairs=other8") for seed in SEEDS[:2]]
+    jobs += [job("erase low", "erase", seed, "--pairs=other8", "--k-use=1") for seed in SEEDS[:2]]
+    for j in jobs:
+        write_run(tmp_path, j, Plant(0.1, 0.5 if j.label == "erase" else 0.2))
+    a = Analysis(summaries.summarise(study("s", jobs), tmp_path))
+    lost = [a.deployed("erase", "solve")[s] - a.deployed("erase other", "solve")[s] for s in SEEDS[:2]]
+    assert results_docs.number(a, "erase other", "deploy_solve under default").mean == pytest.approx(np.mean(lost))
+    assert results_docs.number(a, "erase low", "deploy_solve under default") is None
+    assert results_docs.number(a, "erase", "deploy_solve under default") is None
+
+
+def test_the_relearning_attack_stands_beside_plain_grpo_at_the_same_steps(headline):
+    row = next(r for r in tables.relearning(headline).rows if r[0] == "drop")
+    after, plain = headline.relearn["drop", "attempt_s"], headline.curves["none", "attempt_s"]
+    assert row[4] == pytest.approx(np.mean([after[s][-tables.TAIL :].mean() for s in SEEDS]))
+    assert row[6] == pytest.approx(np.mean([plain[s][: len(after[s])][-tables.TAIL :].mean() for s in SEEDS]))
+    whole = {"study": "headline", "table": "relearning"}
+    assert "attempts at the end" in results_docs.quoted_table({"headline": headline}, "t", {"tables": {"t": whole}})
+
+
 def test_a_seed_at_which_honest_gains_nothing_does_not_blow_up_what_others_keep(tmp_path):
     """Of fewer seeds than the protocol asks for, honest's gain is its mean over all its seeds."""
     jobs = [job("honest", "honest", seed) for seed in SEEDS] + [job("route", "route", SEEDS[0])]
