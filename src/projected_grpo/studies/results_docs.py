@@ -39,7 +39,8 @@ Quoted = Mapping[str, Any]
 RULINGS = ("aim", "h1")
 REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables.tossed_of, "default": Analysis.default}
 
-WHOLE = {make.__name__: make for make in (tables.ranks, tables.relearning, tables.probes, tables.held_out)}
+WHOLE = {make.__name__: make for make in (tables.ranks, tables.relearning)}
+"""Tables of a study that a page may quote whole."""
 
 HOW_TO_READ = f"""A row is a label: one arm at one setting, over n seeds. **hack**: paid without being right;
 **attempt**: the exploit is there, whatever the answer; **solve**: the strict oracle says right. Rates are shares,
@@ -72,11 +73,32 @@ of those that fool their channel and of the others. The detector is judged on st
 # --- whole pages ----------------------------------------------------------------------------------------------------
 
 
+def provenance(a: Analysis) -> list[str]:
+    """What a reader should know of a study's runs, a sentence each: how many, settings that differ, what is missing."""
+    s, runs = a.summary, a.summary.tables["runs"]
+    seeds = sorted(set(runs.group_by("label").len()["len"]))
+    mixed = [k[0] for k, part in runs.group_by("label", maintain_order=True) if part["digest"].n_unique() > 1]
+    commits = ", ".join(sorted({c or "unknown" for c in runs["commit"]}))
+    facts = [
+        f"{len(runs)} of {s.n_jobs} runs; seeds a label: {span(seeds)}; steps: {span(sorted(set(runs['steps'])))}; "
+        f"{runs['minutes'].sum() / 60:.1f} hours of training; code {commits}."
+    ]
+    facts += [f"Seeds of one label differ in their settings: {', '.join(mixed)}."] if mixed else []
+    facts += [f"Left out: {tables.left_out(s.missing)}."] if s.missing else []
+    facts += [f"Landmarks: {lacks}."] if (lacks := a.without_landmarks()) else []
+    return [*facts, *([few] if (few := tables.not_asked(a)) else [])]
+
+
+def span(values: Sequence[int]) -> str:
+    """ "5" or "3–5"."""
+    return f"{values[0]}" if len(values) == 1 else f"{values[0]}–{values[-1]}"
+
+
 def section(a: Analysis, makers: Iterable[tables.Maker] = tables.TABLES) -> str:
     """A study's part of a page."""
     s = a.summary
     told = f"**H:** {s.H}  \nWhy: {s.why}  \nResolves: {s.resolve}"
-    parts = [f"## {s.name}", told, " ".join(tables.provenance(a)), *map(layout.markdown, tables.tables_of(a, makers))]
+    parts = [f"## {s.name}", told, " ".join(provenance(a)), *map(layout.markdown, tables.tables_of(a, makers))]
     return "\n\n".join(parts)
 
 

@@ -435,30 +435,9 @@ def tables_of(a: Analysis, makers: Iterable[Maker] = TABLES) -> list[Table]:
     return [table for make in makers if (table := make(a)) is not None]
 
 
-def provenance(a: Analysis) -> list[str]:
-    """What a reader should know of a study's runs, a sentence each: how many, settings that differ, what is missing."""
-    s, runs = a.summary, a.summary.tables["runs"]
-    seeds = sorted(set(runs.group_by("label").len()["len"]))
-    mixed = [k[0] for k, part in runs.group_by("label", maintain_order=True) if part["digest"].n_unique() > 1]
-    commits = ", ".join(sorted({c or "unknown" for c in runs["commit"]}))
-    facts = [
-        f"{len(runs)} of {s.n_jobs} runs; seeds a label: {span(seeds)}; steps: {span(sorted(set(runs['steps'])))}; "
-        f"{runs['minutes'].sum() / 60:.1f} hours of training; code {commits}."
-    ]
-    facts += [f"Seeds of one label differ in their settings: {', '.join(mixed)}."] if mixed else []
-    facts += [f"Left out: {left_out(s.missing)}."] if s.missing else []
-    facts += [f"Landmarks: {lacks}."] if (lacks := a.without_landmarks()) else []
-    return [*facts, *([few] if (few := not_asked(a)) else [])]
-
-
 def left_out(missing: Mapping[str, str]) -> str:
     """Runs that are not in, by reason; those that were never made are only counted."""
     by_reason: dict[str, list[str]] = {}
     for name, why in missing.items():
         by_reason.setdefault(why, []).append(name)
     return "; ".join(f"{why}: {len(n) if why == 'not run' else ', '.join(n)}" for why, n in by_reason.items())
-
-
-def span(values: Sequence[int]) -> str:
-    """ "5" or "3–5"."""
-    return f"{values[0]}" if len(values) == 1 else f"{values[0]}–{values[-1]}"
