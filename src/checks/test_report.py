@@ -228,7 +228,7 @@ def test_several_runs_make_a_report_labelled_by_their_flags(runs):
 
 def test_a_study_page_leaves_out_no_figure_and_no_table(monkeypatch):
     """Of a study that has most of them."""
-    a = Analysis(summaries.load(Path(__file__).parents[2] / "docs" / "results" / "controls"))
+    a = Analysis(summaries.load(Path(__file__).parents[2] / "docs" / "results", "controls"))
     monkeypatch.setattr(report, "drawn", lambda figure: figure)
     found = report.sections(report_data.Material("controls", a, {}, {}, [], {}, {}))
     blocks = [getattr(block, "title", None) for section in found for block in section.blocks]
@@ -264,8 +264,8 @@ def test_single_run_holds_every_rollout(run_page):
 
 
 def test_paper_figures_from_a_stored_summary(material, tmp_path):
-    summaries.save(material.analysis.summary, tmp_path)
-    a = Analysis(summaries.load(tmp_path / "planted"))
+    summaries.save([material.analysis.summary], tmp_path)
+    a = Analysis(summaries.load(tmp_path, "planted"))
     story = figures.story(a)
     png, svg, caption = figures.paper(story, "planted", tmp_path / "figures")
     assert png.read_bytes()[:4] == b"\x89PNG"

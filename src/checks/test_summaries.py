@@ -97,7 +97,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def headline(world):
-    return Analysis(summaries.load(world.docs / "results" / "headline"))
+    return Analysis(summaries.load(world.docs / "results", "headline"))
 
 
 def test_planted_levels_are_found(headline):
@@ -155,7 +155,7 @@ def test_planted_detector_quality(headline):
 
 
 def test_the_held_out_mode_is_told_from_the_known(world):
-    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    a = Analysis(summaries.load(world.docs / "results", "leave_one_out"))
     label = a.labels["drop but sentinel"]
     assert label.heldout == ("sentinel",)
     assert np.mean(list(a.pooled(label.name, "hack", label.heldout).values())) == pytest.approx(0.35, abs=0.1)
@@ -164,14 +164,14 @@ def test_the_held_out_mode_is_told_from_the_known(world):
 
 
 def test_h2_is_read_on_the_mode_left_out_against_the_random_control(world):
-    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    a = Analysis(summaries.load(world.docs / "results", "leave_one_out"))
     (row,) = tables.h2(a).rows  # a single known mode has no control here, random_V is one itself
     assert row[:3] == ("drop but sentinel", "sentinel", "supported")
     assert row[5].mean == pytest.approx(0.45, abs=0.1)
 
 
 def test_modes_like_the_known_one_are_told_from_those_unlike_it(world):
-    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    a = Analysis(summaries.load(world.docs / "results", "leave_one_out"))
     (row,) = tables.transfer(a).rows
     label, known, like, unlike, *cells = row
     assert (label, known, like, unlike) == ("drop only run_tests", "run_tests", "stdout_marker file_marker", "sentinel")
@@ -253,7 +253,7 @@ def test_seeds_that_honest_lacks_are_named_and_gain_kept_says_how_many_it_has(tm
 
 
 def test_a_reference_is_read_on_the_mode_that_the_row_left_out(world):
-    a = Analysis(summaries.load(world.docs / "results" / "leave_one_out"))
+    a = Analysis(summaries.load(world.docs / "results", "leave_one_out"))
     name, none = "drop but sentinel", a.deployed("none", "hack", "sentinel")
     assert results_docs.number(a, name, "held_hack of none").mean == pytest.approx(np.mean(list(none.values())))
     mine = a.deployed(name, "hack", "sentinel")
@@ -417,7 +417,7 @@ def test_tables_between_markers_are_written_and_stale_ones_are_told(world):
 
 
 def test_quoted_numbers_are_checked(world, tmp_path):
-    analyses = {"headline": Analysis(summaries.load(world.docs / "results" / "headline"))}
+    analyses = {"headline": Analysis(summaries.load(world.docs / "results", "headline"))}
     cut = analyses["headline"].quantity("none minus drop", "deploy_hack")
     page = tmp_path / "page.md"
     page.write_text(f"It cuts hack by\n{cut.mean:.2f} [{cut.lo:.2f}, {cut.hi:.2f}], that is {100 * cut.mean:.0f} %.")
@@ -447,21 +447,23 @@ def test_quoted_numbers_are_checked(world, tmp_path):
 
 
 def test_the_page_and_the_summaries_regenerate_to_the_byte(world, tmp_path):
-    summaries.update(world.studies[1:], world.runs, tmp_path)
-    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(files) == 8
+    for one in world.studies[::-1]:
+        summaries.update([one], world.runs, tmp_path)
+    files = {p.name for p in tmp_path.iterdir()}
+    assert files == {"headline.json", "leave_one_out.json", *(f"{name}.parquet" for name in summaries.SCHEMAS)}
     for file in files:
         assert (tmp_path / file).read_bytes() == (world.docs / "results" / file).read_bytes(), file
-    again = summaries.load(world.docs / "results" / "headline")
-    summaries.save(again, tmp_path)
-    assert results_docs.section(Analysis(summaries.load(tmp_path / "headline")), (tables.deployed,)) == (
+    again = summaries.load(world.docs / "results", "headline")
+    assert results_docs.section(Analysis(summaries.load(tmp_path, "headline")), (tables.deployed,)) == (
         results_docs.section(Analysis(again), (tables.deployed,))
     )
 
 
 def test_summaries_stay_small(world):
-    sizes = sum(f.stat().st_size for f in (world.docs / "results" / "headline").iterdir())
-    assert sizes / len(world.studies[0].jobs) < 15_000  # bytes a run: 200 of them under 3 MB
+    sizes = sum(f.stat().st_size for f in (world.docs / "results").glob("*.parquet"))
+    runs = {job.name for one in world.studies for job in one.jobs}
+    assert len(runs) < sum(len(one.jobs) for one in world.studies)
+    assert sizes / len(runs) < 15_000  # bytes a run, whatever studies it is in: 200 of them under 3 MB
 
 
 def spoil(folder: Path, file: str, edit) -> None:
@@ -502,25 +504,44 @@ def test_broken_runs_are_named_and_left_out(tmp_path):
 
 def test_runs_that_are_stored_stay_where_the_runs_are_not(world, tmp_path):
     headline, store = world.studies[0], world.docs / "results"
-    before = (store / "headline" / "runs.parquet").read_bytes()
+    before = (store / "runs.parquet").read_bytes()
     summaries.update([headline], tmp_path, store)
-    assert (store / "headline" / "runs.parquet").read_bytes() == before
+    assert (store / "runs.parquet").read_bytes() == before
     halves = [replace(headline, jobs=jobs) for jobs in (headline.jobs[10:], headline.jobs[:10])]
     summaries.update(halves[:1], world.runs, tmp_path)
     assert run.stored_names(tmp_path) == {job.name for job in headline.jobs[10:]}
     summaries.update([headline], world.runs / "elsewhere", tmp_path)
-    assert len(summaries.load(tmp_path / "headline").tables["runs"]) == len(headline.jobs) - 10
+    assert len(summaries.load(tmp_path, "headline").tables["runs"]) == len(headline.jobs) - 10
     for part in headline.jobs[:10]:
         (tmp_path / "some").mkdir(exist_ok=True)
         (tmp_path / "some" / part.name).symlink_to((world.runs / part.name).resolve())
     summaries.update([headline], tmp_path / "some", tmp_path)
-    one, other = (summaries.load(folder / "headline") for folder in (tmp_path, store))
+    one, other = (summaries.load(folder, "headline") for folder in (tmp_path, store))
     assert all(one.tables[name].equals(other.tables[name]) for name in summaries.SCHEMAS)
     assert one.missing == other.missing
     summaries.update([replace(headline, jobs=headline.jobs[:5])], world.runs, tmp_path, force=True)
-    assert len(summaries.load(tmp_path / "headline").tables["runs"]) == 5
+    assert len(summaries.load(tmp_path, "headline").tables["runs"]) == 5
     with pytest.raises(UserError, match="holds no readable summary"):
-        summaries.load(tmp_path / "nothing")
+        summaries.load(tmp_path, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "told"),
+    [
+        (lambda runs: runs.head(0), "leave_one_out names runs that are not stored"),
+        (lambda runs: runs.drop("arm"), "runs of another version: move it away"),
+        (None, "holds no readable runs"),
+    ],
+)
+def test_a_store_that_is_not_whole_is_one_line(world, tmp_path, spoilt, told):
+    summaries.update(world.studies[1:], world.runs, tmp_path)
+    path = tmp_path / "runs.parquet"
+    if spoilt:
+        spoilt(pl.read_parquet(path)).write_parquet(path)
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=told):
+        summaries.load(tmp_path, "leave_one_out")
 
 
 def test_a_run_without_scores_or_kinds_is_still_used(tmp_path):
@@ -545,7 +566,7 @@ def test_a_seed_twice_is_refused(tmp_path):
 
 
 def test_studies_of_a_stored_summary_keep_their_text(world):
-    text = json.loads((world.docs / "results" / "headline" / "study.json").read_text())
+    text = json.loads((world.docs / "results" / "headline.json").read_text())
     assert text["H"] == "the planted effects are there"
     assert text["n_jobs"] == len(PLANTS) * len(SEEDS)
     assert text["missing"] == {}

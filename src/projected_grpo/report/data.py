@@ -233,8 +233,8 @@ def gather(chosen: Study, runs: Path, store: Path, most: int = MOST) -> Material
     Raises UserError when there is neither.
     """
     summary, notes = summaries.summarise(chosen, runs), []
-    if summary.tables["runs"].is_empty() and (store / chosen.name / "study.json").exists():
-        summary = summaries.load(store / chosen.name)
+    if summary.tables["runs"].is_empty() and (store / f"{chosen.name}.json").exists():
+        summary = summaries.load(store, chosen.name)
         notes.append("Made from the stored summary: the run folders are not here, so there are no rollouts.")
     elif summary.tables["runs"].is_empty():
         why = "; ".join(f"{run}: {reason}" for run, reason in list(summary.missing.items())[:3])

@@ -292,7 +292,7 @@ def main(names: tyro.conf.Positional[tuple[str, ...]], root: str = ".", outputs:
         raise UserError("name a study: `just figures headline`")
     shown = cited(Path(root))
     for name in names:
-        a = Analysis(summaries.load(Path(root) / "docs" / "results" / name))
+        a = Analysis(summaries.load(Path(root) / "docs" / "results", name))
         for figure in figures_of(a):
             png, *_ = paths = paper(figure, name, Path(outputs) / "figures")
             if png.name in shown:

@@ -105,7 +105,8 @@ def status(job: Job, outputs: Path) -> Literal["done", "broken", "missing"]:
 
 def stored_names(store: Path) -> set[str]:
     """Names of all runs that a stored summary holds."""
-    return {run for path in store.glob("*/runs.parquet") for run in pl.read_parquet(path, columns=["run"])["run"]}
+    path = store / "runs.parquet"
+    return set(pl.read_parquet(path, columns=["run"])["run"]) if path.exists() else set()
 
 
 @contextmanager

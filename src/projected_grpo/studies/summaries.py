@@ -1,6 +1,7 @@
-"""Run folders -> a study's small stored summary, from which every table of the docs is made (``just summaries``).
+"""Run folders -> small stored summaries, from which every table of the docs is made (``just summaries``).
 
-A run becomes rows of the stored tables (``SCHEMAS``); one that cannot be used raises ``Unusable`` and is named.
+A run becomes rows of the stored tables (``SCHEMAS``); one that cannot be used raises ``Unusable`` and is named. A
+study is stored as the names of its runs, with the labels that it gives them.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from loguru import logger
 from projected_grpo import arms, rollout_log
 from projected_grpo.command_line import command, run_main
 from projected_grpo.config import UserError, choose
-from projected_grpo.runs import json_lines
+from projected_grpo.runs import json_lines, write_json
 from projected_grpo.studies import stats
 from projected_grpo.studies.run import STUDIES, Job, Study
 
@@ -37,7 +38,7 @@ NOT_SETTINGS = ("seed", "outputs", "name", "threads", "graders", "checkpoint_eve
 I, F, S = pl.Int32, pl.Float32, pl.String
 SCHEMAS: dict[str, dict[str, Any]] = {
     "runs": {
-        "run": S, "label": S, "arm": S, "oracle": pl.Boolean, "seed": I, "overrides": S, "known_modes": S, "modes": S,
+        "run": S, "arm": S, "oracle": pl.Boolean, "seed": I, "overrides": S, "known_modes": S, "modes": S,
         "steps": I, "commit": S, "digest": S, "v_heldout_accuracy": F, "v_pairs": I, "v_axes": I, "minutes": F,
     },
     "steps": {"run": S, "step": I} | dict.fromkeys(CURVES, F),
@@ -99,7 +100,6 @@ def run_row(meta: Row, steps: Sequence[Row], job: Job) -> Row:
     known = config["vhack"]["known_modes"]
     return {
         "run": job.name,
-        "label": job.label,
         "arm": job.intervention,
         "oracle": bool(meta.get("oracle", getattr(arm, "oracle", False))),
         "seed": job.seed,
@@ -182,16 +182,17 @@ def summarise_run(folder: Path, job: Job) -> dict[str, list[Row]]:
     return {name: [{"run": job.name} | row for row in table] for name, table in rows.items()}
 
 
-# --- a study's summary, stored --------------------------------------------------------------------------------------
+# --- summaries, stored: each run once, whatever studies it is in ----------------------------------------------------
 
 Tables = dict[str, pl.DataFrame]
 DIGITS = 4
 """Decimals that are stored."""
+TEXT = ("name", "H", "why", "resolve", "n_jobs", "missing")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A study's stored summary. missing: run name -> why it is not in."""
+    """A study's summary: its runs' rows, ``runs`` with a column ``label``. missing: run name -> why it is not in."""
 
     name: str
     H: str
@@ -200,6 +201,11 @@ class Summary:
     n_jobs: int
     missing: Mapping[str, str]
     tables: Tables
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Run name -> the label that the study gives it, in the study's order."""
+        return dict(self.tables["runs"].select("run", "label").iter_rows())
 
 
 def frame(name: str, rows: Sequence[Row]) -> pl.DataFrame:
@@ -218,70 +224,95 @@ def summarise(study: Study, runs: Path) -> Summary:
                 rows[name] += more
         except Unusable as why:
             missing[job.name] = str(why)
-    tables = {name: frame(name, table) for name, table in rows.items()}
+    tables = of_runs({name: frame(name, table) for name, table in rows.items()}, {j.name: j.label for j in study.jobs})
     return Summary(study.name, study.H, study.why, study.resolve, len(study.jobs), missing, tables)
 
 
-def save(summary: Summary, store: Path) -> int:
-    """Write a study's folder, file by file to a temporary name first; its size in bytes."""
-    folder = store / summary.name
-    folder.mkdir(parents=True, exist_ok=True)
-    text = {k: getattr(summary, k) for k in ("name", "H", "why", "resolve", "n_jobs", "missing")}
-    (folder / "study.json.part").write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")
-    for name, table in summary.tables.items():
-        table.write_parquet(folder / f"{name}.parquet.part", compression="zstd", compression_level=19)
-    for part in folder.glob("*.part"):
-        os.replace(part, part.with_suffix(""))
-    return sum(f.stat().st_size for f in folder.iterdir())
-
-
-def load(folder: Path) -> Summary:
-    """A stored summary. Raises UserError when the folder does not hold one."""
+def read_runs(store: Path) -> Tables:
+    """The tables of all stored runs; empty where nothing is stored. Raises UserError where they are not readable."""
     try:
-        text = json.loads((folder / "study.json").read_text())
-        tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SCHEMAS}
-        odd = [name for name, table in tables.items() if set(table.columns) != set(SCHEMAS[name])]
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{folder} holds no readable summary ({error}): `just summaries {folder.name}`") from None
+        if not list(store.glob("*.json")):
+            return {name: frame(name, []) for name in SCHEMAS}
+        tables = {name: pl.read_parquet(store / f"{name}.parquet") for name in SCHEMAS}
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{store} holds no readable runs ({error}): move it away and run `just summaries`") from None
+    odd = [name for name, table in tables.items() if set(table.columns) != set(SCHEMAS[name])]
     if odd:
-        raise UserError(f"{folder}: {', '.join(odd)} of another version: `just summaries {folder.name}` makes it anew")
-    return Summary(**text, tables=tables)
+        raise UserError(f"{store}: {', '.join(odd)} of another version: move it away and run `just summaries`")
+    return tables
+
+
+def of_runs(tables: Tables, labels: Mapping[str, str]) -> Tables:
+    """The rows of the runs that ``labels`` names, in its order and with its labels."""
+    place = pl.col("run").replace_strict({run: i for i, run in enumerate(labels)}, return_dtype=pl.Int64)
+    some = {
+        name: table.filter(pl.col("run").is_in(list(labels))).sort(place, maintain_order=True)
+        for name, table in tables.items()
+    }
+    label = pl.col("run").replace_strict(labels, return_dtype=pl.String)
+    return some | {"runs": some["runs"].with_columns(label=label)}
+
+
+def over(old: Tables, new: Tables) -> Tables:
+    """Both, and of a run that is in both, the new."""
+    lasting = ~pl.col("run").is_in(new["runs"]["run"].to_list())
+    return {
+        name: pl.concat([t.select(list(SCHEMAS[name])) for t in (new[name], old[name].filter(lasting))])
+        for name in SCHEMAS
+    }
+
+
+def save(summaries: Sequence[Summary], store: Path) -> None:
+    """Store studies: a JSON file each, and their runs beside those that are stored; runs that no study names go."""
+    tables, named = read_runs(store), set()
+    for s in summaries:
+        tables = over(tables, s.tables)
+        write_json(store / f"{s.name}.json", {k: getattr(s, k) for k in TEXT} | {"runs": s.labels})
+    for path in store.glob("*.json"):
+        named |= set(json.loads(path.read_text())["runs"])
+    for name, table in tables.items():
+        kept = table.filter(pl.col("run").is_in(list(named))).sort("run", maintain_order=True)
+        kept.write_parquet(store / f"{name}.parquet.part", compression="zstd", compression_level=19)
+    for part in store.glob("*.part"):
+        os.replace(part, part.with_suffix(""))
+
+
+def load(store: Path, name: str, tables: Tables | None = None) -> Summary:
+    """A stored study; ``tables``: what ``read_runs`` says. Raises UserError when the store does not hold all of it."""
+    try:
+        text = json.loads((store / f"{name}.json").read_text())
+        labels = text.pop("runs")
+        lost = set(labels) - set((tables := tables or read_runs(store))["runs"]["run"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{store} holds no readable summary of {name} ({error}): `just summaries {name}`") from None
+    if lost:
+        raise UserError(f"{store}: {name} names runs that are not stored, as {min(lost)}: `just summaries {name}`")
+    return Summary(**text, tables=of_runs(tables, labels))
 
 
 def stored(store: Path) -> list[Summary]:
-    """All stored summaries, by name."""
-    return [load(path.parent) for path in sorted(store.glob("*/study.json"))]
-
-
-def joined(new: Summary, study: Study, stores: Sequence[Summary]) -> Summary:
-    """A summary with the study's runs that are stored and not at hand any more, whichever study they were stored in."""
-    order = {job.name: place for place, job in enumerate(study.jobs)}
-    labels = {job.name: job.label for job in study.jobs}
-    parts, have = {name: [table] for name, table in new.tables.items()}, set(new.tables["runs"]["run"])
-    for old in stores:
-        taken = [run for run in old.tables["runs"]["run"] if run in order and run not in have]
-        for name, table in old.tables.items():
-            parts[name].append(table.filter(pl.col("run").is_in(taken)).select(parts[name][0].columns))
-        have |= set(taken)
-    place = pl.col("run").replace_strict(order, return_dtype=pl.Int64)
-    tables = {name: pl.concat(each).sort(place, maintain_order=True) for name, each in parts.items()}
-    tables["runs"] = tables["runs"].with_columns(label=pl.col("run").replace_strict(labels, return_dtype=pl.String))
-    return replace(new, tables=tables, missing={k: why for k, why in new.missing.items() if k not in have})
+    """All stored studies, by name."""
+    tables = read_runs(store)
+    return [load(store, path.stem, tables) for path in sorted(store.glob("*.json"))]
 
 
 def update(studies: Sequence[Study], runs: Path, store: Path, force: bool = False) -> None:
     """Summarise studies and store them. Stored runs that are not in ``runs`` any more stay, unless ``force``."""
-    stores = [] if force else stored(store)
-    for study in studies:
-        found = summarise(study, runs)
-        summary = joined(found, study, stores)
-        for name, why in summary.missing.items():
-            logger.warning("{}: {} left out: {}", study.name, name, why)
-        here, all_ = (len(s.tables["runs"]) for s in (found, summary))
-        if all_:
-            size = save(summary, store)
-            told = "{}: {} of {} runs, {} of them as they were stored, {:.0f} kB"
-            logger.info(told, study.name, all_, summary.n_jobs, all_ - here, size / 1000)
+    found = [summarise(study, runs) for study in studies]
+    have = read_runs(store) if not force else {name: frame(name, []) for name in SCHEMAS}
+    for s in found:
+        have = over(have, s.tables)
+    kept, names = [], set(have["runs"]["run"])
+    for study, s in zip(studies, found, strict=True):
+        labels = {job.name: job.label for job in study.jobs if job.name in names}
+        missing = {run: why for run, why in s.missing.items() if run not in names}
+        for run, why in missing.items():
+            logger.warning("{}: {} left out: {}", s.name, run, why)
+        if labels:
+            kept.append(replace(s, missing=missing, tables=of_runs(have, labels)))
+            told = "{}: {} of {} runs, {} of them as they were stored"
+            logger.info(told, s.name, len(labels), s.n_jobs, len(labels) - len(s.tables["runs"]))
+    save(kept, store)
 
 
 def main(
