@@ -1,7 +1,10 @@
 """Run folders with planted effects go through the whole analysis, which has to find them again."""
 
 import json
+import os
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -542,6 +545,48 @@ def test_a_store_that_is_not_whole_is_one_line(world, tmp_path, spoilt, told):
         path.unlink()
     with pytest.raises(UserError, match=told):
         summaries.load(tmp_path, "leave_one_out")
+
+
+def test_a_write_that_was_cut_short_loses_nothing(world, tmp_path, monkeypatch):
+    """Killed after each of its files in turn, an update leaves a store that loads, or is one line and done again."""
+    store, both = tmp_path / "store", world.studies
+    half = replace(both[1], jobs=both[1].jobs[:5])
+    for cut in range(len(summaries.SCHEMAS) + 1):
+        summaries.update([half], world.runs, store)
+        (store / "headline.json.part").write_text("{")  # what a kill left of another write stays a leftover
+        left, real = iter(range(cut)), os.replace
+
+        def replace_some(a, b):
+            if next(left, None) is None:  # noqa: B023
+                raise KeyboardInterrupt
+            real(a, b)  # noqa: B023
+
+        monkeypatch.setattr(os, "replace", replace_some)
+        with pytest.raises(KeyboardInterrupt):
+            summaries.update([both[1]], world.runs, store)
+        monkeypatch.setattr(os, "replace", real)
+        after = summaries.load(store, "leave_one_out")
+        assert len(after.tables["runs"]) == 5
+        assert {run for t in after.tables.values() for run in t["run"]} == {job.name for job in half.jobs}
+        summaries.update([both[1]], world.runs, store)
+        assert len(summaries.load(store, "leave_one_out").tables["runs"]) == len(both[1].jobs)
+        assert not (store / "headline.json").exists()
+        shutil.rmtree(store)
+
+
+def test_two_updates_at_once_lose_no_run(world, tmp_path):
+    def one(study):
+        summaries.update([study], world.runs, tmp_path)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(one, world.studies))
+        assert len(summaries.stored(tmp_path)) == 2
+        shutil.rmtree(tmp_path)
+    summaries.update(world.studies[1:], world.runs, tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match="is no stored study"):
+        summaries.update(world.studies[1:], world.runs, tmp_path)
 
 
 def test_a_run_without_scores_or_kinds_is_still_used(tmp_path):

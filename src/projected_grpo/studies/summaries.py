@@ -4,10 +4,12 @@ A run becomes rows of the stored tables (``SCHEMAS``); one that cannot be used r
 study is stored as the names of its runs, with the labels that it gives them.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -262,28 +264,57 @@ def over(old: Tables, new: Tables) -> Tables:
     }
 
 
+@contextmanager
+def locked(store: Path) -> Iterator[None]:
+    """One process at a time reads and writes the store: the lock is on its folder, and ends with the process."""
+    store.mkdir(parents=True, exist_ok=True)
+    handle = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def named_runs(store: Path) -> set[str]:
+    """Names of the runs of all stored studies. Raises UserError naming a file that is no study's."""
+    names: set[str] = set()
+    for path in store.glob("*.json"):
+        try:
+            names |= set(json.loads(path.read_text())["runs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no stored study: move it away, then `just summaries {path.stem}`") from None
+    return names
+
+
 def save(summaries: Sequence[Summary], store: Path) -> None:
-    """Store studies: a JSON file each, and their runs beside those that are stored; runs that no study names go."""
-    tables, named = read_runs(store), set()
+    """Store studies: a JSON file each, and their runs beside those that are stored; runs that no study names go.
+
+    Tables are replaced one by one and ``runs`` last, before the studies' own files: killed on the way, a run that is
+    named lacks rows in no table. One process at a time: see ``locked``.
+    """
+    tables, labels = read_runs(store), {s.name: s.labels for s in summaries}
+    names = named_runs(store).union(*labels.values())
     for s in summaries:
         tables = over(tables, s.tables)
-        write_json(store / f"{s.name}.json", {k: getattr(s, k) for k in TEXT} | {"runs": s.labels})
-    for path in store.glob("*.json"):
-        named |= set(json.loads(path.read_text())["runs"])
-    for name, table in tables.items():
-        kept = table.filter(pl.col("run").is_in(list(named))).sort("run", maintain_order=True)
-        kept.write_parquet(store / f"{name}.parquet.part", compression="zstd", compression_level=19)
-    for part in store.glob("*.part"):
-        os.replace(part, part.with_suffix(""))
+    tables = {name: t.filter(pl.col("run").is_in(list(names))) for name, t in tables.items()}
+    paths = {name: store / f"{name}.parquet" for name in (*(n for n in tables if n != "runs"), "runs")}
+    for name, path in paths.items():
+        part = path.with_name(path.name + ".part")
+        tables[name].sort("run", maintain_order=True).write_parquet(part, compression="zstd", compression_level=19)
+    for path in paths.values():
+        os.replace(path.with_name(path.name + ".part"), path)
+    for s in summaries:
+        write_json(store / f"{s.name}.json", {k: getattr(s, k) for k in TEXT} | {"runs": labels[s.name]})
 
 
 def load(store: Path, name: str, tables: Tables | None = None) -> Summary:
     """A stored study; ``tables``: what ``read_runs`` says. Raises UserError when the store does not hold all of it."""
     try:
         text = json.loads((store / f"{name}.json").read_text())
-        labels = text.pop("runs")
+        labels, text = text["runs"], {k: text[k] for k in TEXT}
         lost = set(labels) - set((tables := tables or read_runs(store))["runs"]["run"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{store} holds no readable summary of {name} ({error}): `just summaries {name}`") from None
     if lost:
         raise UserError(f"{store}: {name} names runs that are not stored, as {min(lost)}: `just summaries {name}`")
@@ -297,8 +328,16 @@ def stored(store: Path) -> list[Summary]:
 
 
 def update(studies: Sequence[Study], runs: Path, store: Path, force: bool = False) -> None:
-    """Summarise studies and store them. Stored runs that are not in ``runs`` any more stay, unless ``force``."""
+    """Summarise studies and store them. Stored runs that are not in ``runs`` any more stay, unless ``force``. A study
+    without any run is left as it is stored.
+    """
     found = [summarise(study, runs) for study in studies]
+    with locked(store):
+        store_found(studies, found, store, force)
+
+
+def store_found(studies: Sequence[Study], found: Sequence[Summary], store: Path, force: bool) -> None:
+    """``update`` when the runs have been read."""
     have = read_runs(store) if not force else {name: frame(name, []) for name in SCHEMAS}
     for s in found:
         have = over(have, s.tables)
@@ -306,8 +345,10 @@ def update(studies: Sequence[Study], runs: Path, store: Path, force: bool = Fals
     for study, s in zip(studies, found, strict=True):
         labels = {job.name: job.label for job in study.jobs if job.name in names}
         missing = {run: why for run, why in s.missing.items() if run not in names}
-        for run, why in missing.items():
-            logger.warning("{}: {} left out: {}", s.name, run, why)
+        for run, why in s.missing.items():
+            if run in missing or why not in ("not run", "unfinished"):
+                kept_as = "left out" if run in missing else "kept as it was stored"
+                logger.warning("{}: {} {}: {}", s.name, run, kept_as, why)
         if labels:
             kept.append(replace(s, missing=missing, tables=of_runs(have, labels)))
             told = "{}: {} of {} runs, {} of them as they were stored"
@@ -323,7 +364,7 @@ def main(
 ) -> None:
     """Summarise the named studies, or all, from outputs/runs; runs that cannot be used are named and left out.
 
-    Stored runs that are not in outputs/runs stay as they are stored; with --force they go.
+    Stored runs that are not in outputs/runs stay as they are stored; with --force those of a study that has others go.
     """
     chosen = [STUDIES[choose("study", n, list(STUDIES))] for n in names or STUDIES]
     update(chosen, Path(outputs) / "runs", Path(store), force)
