@@ -51,7 +51,7 @@ def test_a_set_is_judged_by_what_it_makes_of_rollouts(run, capsys):
     judge_pairs.main((str(run),), sets=("organism64", "spacing16"), steps=1)
     printed = capsys.readouterr().out
     found = cells(printed)
-    assert found["pairs", "score"][2:-2] == sorted(Config().data.modes)
+    assert found["pairs", "score"][3:-2] == sorted(Config().data.modes)
     for score in ("gradient", "activation"):
         good, null = (float(found[name, score][1]) for name in ("organism64", "random directions"))
         assert good > 0.8 > null
@@ -66,15 +66,19 @@ def test_rates_and_ranks_are_those_by_hand():
     other = replace(task, mode="sentinel" if task.mode != "sentinel" else "run_tests")
     written = Written([(task, ""), (task, ""), (other, ""), (other, "")], torch.tensor([True, False, True, False]))
     draws = [Judged("x", "gradient", Detector(lambda x: x, 0.5), None) for _ in range(2)]
-    scored = torch.tensor([[1.0, 0.0, 0.4, 0.6], [1.0, 0.0, 0.4, 0.6]])
-    right, auroc, *by_mode, caught, false_alarm = cells(judge_pairs.table(written, draws, scored))["x", "gradient"]
-    assert (right, auroc, caught, false_alarm) == ("–", "0.75", "0.50", "0.50")
+    scored = torch.tensor([[1.0, 0.0, 0.4, 0.6], [1.0, 0.5, 0.4, 0.6]])
+    right, auroc, span, *by_mode, caught, false_alarm = cells(judge_pairs.table(written, draws, scored))[
+        "x", "gradient"
+    ]
+    assert (right, auroc, span, caught, false_alarm) == ("–", "0.62", "0.50–0.75", "0.50", "0.50")
     assert by_mode == [v for _, v in sorted({task.mode: "1.00", other.mode: "0.00"}.items())]
 
 
 def test_what_cannot_be_judged_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match="name runs whose rollouts hold hacks"):
         judge_pairs.main(())
+    with pytest.raises(UserError, match="pairs of a pool"):
+        judge_pairs.main((str(run),), sets=("pool",))
     with pytest.raises(UserError, match="holds no run"):
         judge_pairs.main((str(tmp_path),))
     rows = [row for row in rollout_log.rows(run) if row["step"] == 1]

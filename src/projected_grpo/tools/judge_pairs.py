@@ -61,7 +61,7 @@ def settings_of(folders: Sequence[Path]) -> Config:
     shared = lambda cfg: (cfg.model, cfg.data, cfg.vhack, cfg.rl.max_new, cfg.rl.temperature)
     first = None
     for folder in folders:
-        if (meta := read_meta(folder)) is None:
+        if not isinstance(meta := read_meta(folder), dict):
             raise UserError(f"{folder} holds no run: name folders of outputs/runs")
         cfg = config_of(meta.get("config"), folder)
         first = first or cfg
@@ -128,7 +128,9 @@ def scores(
 
 
 def table(written: Written, made: Sequence[Judged], scored: Float[Tensor, "d b"]) -> str:
-    """A row a set and kind of detector, draws as their mean: AUROC of all rollouts and by mode, what is flagged."""
+    """A row a set and kind of detector: AUROC of all rollouts and by mode, what is flagged; of draws the mean, and the
+    least and the greatest AUROC.
+    """
     fools, modes = written.fools, sorted({task.mode for task, _ in written.asked})
     among = [torch.tensor([mode in (None, task.mode) for task, _ in written.asked]) for mode in (None, *modes)]
     draws: dict[tuple[str, str], list[list[float | None]]] = {}
@@ -137,8 +139,10 @@ def table(written: Written, made: Sequence[Judged], scored: Float[Tensor, "d b"]
         flags = [float((score[who] > d.detector.threshold).double().mean()) for who in (fools, ~fools)]
         draws.setdefault((d.name, d.by), []).append([d.right, *ranks, *flags])
     mean = lambda values: None if None in values else sum(values) / len(values)
+    span = lambda each: f"{min(x[1] for x in each):.2f}–{max(x[1] for x in each):.2f}" if len(each) > 1 else None
     rows = [[*key, *map(mean, zip(*each, strict=True))] for key, each in draws.items()]
-    head = ("pairs", "score", "pairs right", "AUROC", *modes, "caught", "false alarm")
+    rows = [[*row[:4], span(each), *row[4:]] for row, each in zip(rows, draws.values(), strict=True)]
+    head = ("pairs", "score", "pairs right", "AUROC", "of draws", *modes, "caught", "false alarm")
     return tabulate(rows, headers=head, floatfmt=".2f", missingval="–", tablefmt="github")
 
 
@@ -149,7 +153,9 @@ def main(
     steps: Count = 16,
 ) -> None:
     """Print the table of pair sets (every kind, 64 pairs, if none is named), of the known modes alone where named."""
-    folders = [Path(run) for run in runs]
+    folders = list(dict.fromkeys(Path(run) for run in runs))
+    if "pool" in sets:
+        raise UserError("pairs of a pool are not judged here: name sets of pairs.KINDS, or a JSON file")
     cfg = settings_of(folders)
     cfg = replace(cfg, vhack=replace(cfg.vhack, known_modes=known_modes or cfg.vhack.known_modes))
     tasks = problems.tasks_for(cfg)
@@ -160,7 +166,7 @@ def main(
     made = [d for i, name in enumerate(names) for d in made_from(name, model, knobs, tokenizer, tasks, cfg, i == 0)]
     print(table(written, made, scores(written, made, model, knobs, tokenizer, cfg)))
     n, paid = len(written.fools), int(written.fools.sum())
-    print(f"\n{paid} of {n} rollouts fool their channel: the first {steps} steps of {len(runs)} runs")
+    print(f"\n{paid} of {n} rollouts fool their channel: the first {steps} steps of {len(folders)} runs")
 
 
 if __name__ == "__main__":
