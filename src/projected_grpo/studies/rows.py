@@ -86,10 +86,11 @@ ROWS: dict[str, Row] = {
         *(row(label, "500", *LONG) for label in HORIZON),
         *(row(x, f"only {mode}", *known(mode), "--pairs=planned16") for x in ("erase", BEST) for mode in MODES),
         *(row(label, "16 of all modes", "--pairs=planned16") for label in ("erase", BEST)),
-        *(row(label, "mix .125", "--mix-ratio=0.125", POOL) for label in ("none", "erase", BEST, "gate_act", "honest")),
+        *(row(label, "mix .125", "--mix-ratio=0.125", POOL) for label in (
+            "none", "erase", "random_V", BEST, TWIN, "gate_act", "gate_act_random", "honest")),
         *(row(label, "refresh 0", "--refresh-every=0") for label in ("erase", BEST)),
         *(row(label, "relearn", "--relearn-steps=150") for label in (BEST, "erase", "route", "honest")),
-        *(row(label, "4M", "--model=outputs/organism-4M") for label in ("honest", "none", BEST)),
+        *(row(label, "4M", "--model=outputs/organism-4M") for label in ("honest", "none", BEST, TWIN)),
     )
 }  # fmt: skip
 
@@ -145,6 +146,6 @@ STUDY_ROWS = (
     ),
     StudyRow(
         "ladder", "at four times the parameters arms stand as they do at one million", "does it depend on size?",
-        "base, honest, none and the best arm at 4M", labels(" 4M"), 3,
+        "base, honest, none, the best arm and its twin at 4M", labels(" 4M"), 3,
     ),
 )  # fmt: skip
