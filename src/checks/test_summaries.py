@@ -574,15 +574,22 @@ def test_a_write_that_was_cut_short_loses_nothing(world, tmp_path, monkeypatch):
         shutil.rmtree(store)
 
 
-def test_two_updates_at_once_lose_no_run(world, tmp_path):
-    def one(study):
-        summaries.update([study], world.runs, tmp_path)
+def test_an_update_waits_for_the_one_that_holds_the_store(world, tmp_path, monkeypatch):
+    """It reads what is stored only then, so that none of two at once is lost."""
+    first, second = (summaries.summarise(each, world.runs) for each in world.studies)
+    monkeypatch.setattr(summaries, "summarise", lambda each, runs: second)  # at once
+    with ThreadPoolExecutor(1) as pool:
+        with summaries.locked(tmp_path):
+            waiting = pool.submit(summaries.update, world.studies[1:], world.runs, tmp_path)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+            assert not list(tmp_path.iterdir())
+            summaries.save([first], tmp_path)
+        waiting.result(timeout=60)
+    assert {each.name for each in summaries.stored(tmp_path)} == {first.name, second.name}
 
-    for _ in range(3):
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(one, world.studies))
-        assert len(summaries.stored(tmp_path)) == 2
-        shutil.rmtree(tmp_path)
+
+def test_a_file_that_is_no_study_is_named(world, tmp_path):
     summaries.update(world.studies[1:], world.runs, tmp_path)
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="is no stored study"):
