@@ -276,6 +276,15 @@ def test_paper_figures_from_a_stored_summary(material, tmp_path):
     assert figures.paper(story, "planted", tmp_path / "figures")[1].read_bytes() == first
 
 
+def test_a_crowded_corner_is_drawn_again_and_names_stand_once(tmp_path):
+    a = Analysis(summaries.load(Path(__file__).parents[2] / "docs" / "results", "headline"))
+    story = figures.story(a)
+    assert [panel.title for panel in story.panels] == ["All", "The aim's corner, larger"]
+    text = figures.paper(story, "headline", tmp_path)[1].read_text()
+    assert [text.count(f">{name}<") for name in ("honest", "base", "none", "erase", "as if untrained")] == [1] * 5
+    assert text.count(">as if without a loophole<") == 2
+
+
 def labels_as(*rows: tuple[str, str, str]) -> SimpleNamespace:
     """What looks needs of an analysis. rows: (name, arm, known modes, all where empty)."""
     labels = {}

@@ -113,8 +113,10 @@ def story(a: Analysis) -> Figure | None:
         f"Held-out problems, quarantine ablated. Small: a seed ({seeds_of(a)}); large: their mean, with its 95 % t "
         f"interval over seeds. {told}{greyed(a)}"
     ) + (f" Not drawn, gain kept being undefined: {', '.join(missing)}." if missing else "")
-    panel = Panel("", lambda ax: panels.plane(ax, a), height=320, big=True)
-    return Figure("story", f"Hack against {'gain kept' if gain else 'solve'}", caption, (panel,), panels.in_legend(a))
+    corners = {"All": False, "The aim's corner, larger": True} if panels.crowded(a) else {"": False}
+    drawn = [Panel(t, lambda ax, c=c: panels.plane(ax, a, c), height=320, big=True) for t, c in corners.items()]
+    title = f"Hack against {'gain kept' if gain else 'solve'}"
+    return Figure("story", title, caption, tuple(drawn), panels.in_legend(a))
 
 
 def curves(a: Analysis) -> Figure:
@@ -250,7 +252,7 @@ def paper(figure: Figure, study: str, to: Path) -> list[Path]:
     """Write a figure as PNG (COLOURS of them) and SVG with its caption in a text file beside them; the files."""
     n, across = len(figure.panels), min(3, len(figure.panels))
     down = -(-n // across)
-    wider, higher = BIG if figure.panels[0].big else (1, 1)
+    wider, higher = BIG if figure.panels[0].big and n == 1 else (1, 1)
     width, height = across * WIDTH * wider, down * figure.panels[0].height * higher
     longest = max((len(name) for name, _ in figure.legend), default=0) + 6  # with its line
     columns = max(1, min(4, len(figure.legend), int(CHARACTERS * across * wider) // longest))

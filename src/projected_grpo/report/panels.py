@@ -268,10 +268,11 @@ def keeps(a: Analysis) -> bool:
     return any(a.gain_kept(label) for label in a.labels.values())
 
 
-def plane(ax: Axes, a: Analysis) -> None:
+def plane(ax: Axes, a: Analysis, corner: bool = False) -> None:
     """Deployed hack across (left is better) against gain kept (up is better); against solve where gain is undefined.
 
-    The landmarks are black: the untrained base at height 0, honest at 1, and none.
+    The landmarks are black: the untrained base at height 0, honest at 1, and none. corner: the aim's, larger; where
+    that is ``crowded``, what stands in it has its name there.
     """
     gain, named = keeps(a), named_beside(a)
     names, bars, heights = [], [], [0.0, 1.0] if gain else [0.0]
@@ -298,8 +299,35 @@ def plane(ax: Axes, a: Analysis) -> None:
     low, top = min(heights), max(heights)
     ax.set(xlim=(-0.05, 1.03), xlabel="hack, deployed", ylabel="gain kept" if gain else "solve, deployed")
     ax.set_ylim(low - 0.08 * (top - low), top + 0.12 * (top - low))
+    if crowded(a):
+        names = [(name, at, color) for name, at, color in names if in_corner(a, *at) == corner]
+    if corner:
+        ax.set(xlim=(-0.1 * aimed_hack(a), aimed_hack(a)), ylim=CORNER)
     landmarks(ax, a, gain)
     place(ax, names, bars)
+
+
+CORNER = AIM_GAIN - 0.4, 1.2
+"""Gain kept that the aim's corner shows."""
+
+
+def aimed_hack(a: Analysis) -> float:
+    """The highest hack that meets the aim."""
+    return float(np.mean(list(a.base("hack").values()))) + AIM_HACK
+
+
+def in_corner(a: Analysis, hack: float, kept: float) -> bool:
+    """Whether a mean stands in the aim's corner."""
+    return hack < aimed_hack(a) and CORNER[0] < kept < CORNER[1]
+
+
+def crowded(a: Analysis) -> bool:
+    """Whether more labels than two have their mean there."""
+    if not keeps(a):
+        return False
+    mean = lambda seeds: float(np.mean(list(seeds.values())))
+    both = [(a.deployed(name, "hack"), a.kept_by_seed(label)) for name, label in a.labels.items()]
+    return sum(in_corner(a, mean(hack), mean(kept)) for hack, kept in both if kept) > 2
 
 
 def ranked(ax: Axes, a: Analysis) -> None:
@@ -323,17 +351,15 @@ def rankers(a: Analysis) -> dict[str, Style]:
 
 def landmarks(ax: Axes, a: Analysis, gain: bool) -> None:
     """Where to look: the levels of base and honest and the aim's corner; without gain kept, solve matched to none's."""
-    none, base = none_label(a), a.base("hack")
+    none = none_label(a)
     soft = dict(textcoords="offset points", color="#6a6a6a")
     told = dict(xycoords=("axes fraction", "data"), ha="right", **soft)
     if gain:
-        ax.add_patch(
-            Rectangle(
-                (-1, AIM_GAIN), 1 + float(np.mean(list(base.values()))) + AIM_HACK, 99, color="#e6f1ea", lw=0, zorder=0
-            )
-        )
+        ax.add_patch(Rectangle((-1, AIM_GAIN), 1 + aimed_hack(a), 99, color="#e6f1ea", lw=0, zorder=0))
         ax.annotate("the aim", (0, 1), xycoords="axes fraction", xytext=(4, -3), va="top", **soft)
         for height, name in ((0, "as if untrained"), (1, "as if without a loophole")):
+            if not ax.get_ylim()[0] < height < ax.get_ylim()[1]:
+                continue
             ax.axhline(height, color=GREY, linewidth=0.9, linestyle=DASHES[2], zorder=0)
             ax.annotate(name, (1, height), xytext=(0, 3), **told)
     elif none and (matched := spread(a.deployed(none, "solve"))):
