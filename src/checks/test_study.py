@@ -232,10 +232,13 @@ def test_results_are_filtered_and_sorted_by_expressions(tmp_path, capsys):
 
 def test_no_loophole_is_read_against_honest_of_the_modes_it_is_evaluated_on():
     base = {"preset": "organism", "seed": 1, "model": {}, "rl": {"steps": 150}, "eval": {"n_eval": 64}}
+    base |= {"pool": {"mix_ratio": 0.0}}
     honest = base | {"data": {"modes": ["run_tests", "sentinel"], "eval_modes": None}}
     no_loophole = base | {"data": {"modes": ["gt_only"], "eval_modes": ["run_tests", "sentinel"]}}
     elsewhere = base | {"data": {"modes": ["gt_only"], "eval_modes": None}}
+    taught = honest | {"pool": {"mix_ratio": 0.125}}
     assert results.world(honest) == results.world(no_loophole) != results.world(elsewhere)
+    assert results.world(taught) != results.world(honest)
     assert honest["data"]["modes"] == ["run_tests", "sentinel"], "what was given is left as it was"
 
 

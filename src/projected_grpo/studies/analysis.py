@@ -423,21 +423,10 @@ class Analysis:
         return aim_verdict(self.gain_kept(label), stats.paired_t(hack, base), over)
 
     def quantity(self, label: str, measure: str) -> Interval | None:
-        """A number by name, for a document; None where there is none.
-
-        label: one of the study's, or "base", or "A minus B" (paired by seed), or "A against B" (Welch, all runs of
-        both). measure: as ``level`` has it, or gain_kept, or gain_kept@KIND.
+        """A number of a label, or of "base", for a document; None where there is none. measure: as ``level`` has it, or
+        gain_kept.
         """
-        one, paired, other = label.partition(" minus ")
-        one, unpaired, other = (one, "", other) if paired else label.partition(" against ")
-        name, _, kind = measure.partition("@")
-        if name == "gain_kept":
-            known = one in self.labels and (not other or other in self.labels) and not unpaired
-            return self.gain_kept(self.labels[one], kind or None, other or None) if known else None
-        a, b = self.level(one, measure), self.level(other, measure) if other else {}
-        if paired:
-            x, y = shared(a, b)
-            return stats.paired_t(x, y) if x else None
-        if unpaired:
-            return stats.welch(list(a.values()), list(b.values())) if a and b else None
-        return stats.mean_interval(list(a.values())) if a else None
+        if measure == "gain_kept":
+            return self.gain_kept(self.labels[label]) if label in self.labels else None
+        seeds = list(self.level(label, measure).values())
+        return stats.mean_interval(seeds) if seeds else None

@@ -27,7 +27,7 @@ def world(cfg: Mapping[str, Any]) -> str:
     groups = [{k: v for k, v in (cfg.get(group) or {}).items() if k not in AFTER} for group in WORLD]
     modes = [group.pop(k, None) for group in groups for k in ("eval_modes", "modes")]
     groups.append({"evaluated": next(filter(None, modes), None)})
-    return json.dumps([cfg["preset"], cfg["seed"], *groups], sort_keys=True)
+    return json.dumps([cfg["preset"], cfg["seed"], cfg["pool"]["mix_ratio"], *groups], sort_keys=True)
 
 
 def run_summary(folder: Path) -> dict[str, Any] | None:

@@ -1,20 +1,20 @@
 """Stored summaries -> the docs (``just results-docs``): docs/results.md, the tables that other pages hold between two
-marker lines, and, whole, outputs/results/STUDY.md. Numbers that stand in prose are checked.
+marker lines, and, whole, outputs/results/STUDY.md.
 
 A page's table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; ``quoted.toml`` beside the summaries says
-what NAME shows, and lists the passages of prose that hold numbers:
+what NAME shows, of a study's labels or as a table of the study whole (``WHOLE``):
 
     [tables.NAME]
     study = "headline"
     columns = { "hack ↓" = "deploy_hack", "its random control: hack" = "deploy_hack of random" }
     rows = { base = "the untrained model", erase = "the hack-ward part of the gradient taken out" }
 
-    [numbers."docs/findings.md"]
-    "cuts hack by 0.62" = "headline/none minus erase/deploy_hack"
+    [tables.OTHER]
+    study = "leave_one_out"
+    table = "h2"
 
 A column is a measure of ``Analysis.quantity``; "M of random" takes it of the row's own random control, and "M under
-random" is the control's minus the row's, with its interval; so with coin and none. The decimals of a passage, in order,
-are mean, low end and high end of its number, rounded as they like.
+random" is the control's minus the row's, with its interval; so with coin and none.
 """
 
 import re
@@ -34,12 +34,11 @@ from projected_grpo.studies.stats import Interval
 from projected_grpo.studies.summaries import stored
 
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w .-]+?) -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
-DECIMAL = re.compile(r"(?<![\w.])[+−-]?\d*\.\d+|(?<![\w.])[+−-]?\d+(?= %)")
 Quoted = Mapping[str, Any]
 RULINGS = ("aim", "h1")
 REFERENCES = {"none": tables.none_of, "random": tables.random_of, "coin": tables.tossed_of, "default": Analysis.default}
 
-WHOLE = {make.__name__: make for make in (tables.ranks, tables.relearning)}
+WHOLE = {make.__name__: make for make in (*tables.VERDICTS, tables.probes, tables.ranks, tables.relearning)}
 """Tables of a study that a page may quote whole."""
 
 HOW_TO_READ = f"""A row is a label: one arm at one setting, over n seeds. **hack**: paid without being right;
@@ -119,7 +118,7 @@ def study_page(a: Analysis) -> str:
     return "\n\n".join((f"# Study {a.summary.name}", ALL_OF_IT, section(a))) + "\n"
 
 
-# --- tables between markers, and numbers in prose -------------------------------------------------------------------
+# --- tables between markers -----------------------------------------------------------------------------------------
 
 
 def number(a: Analysis, label: str, asked: str) -> Interval | None:
@@ -194,31 +193,6 @@ def quoted_table(analyses: Mapping[str, Analysis], name: str, asked: Quoted) -> 
     return "\n\n".join((layout.grid(table), *([f"Gain kept is undefined: {'; '.join(lacks)}."] if lacks else [])))
 
 
-def wrong(text: str, value: Interval) -> str | None:
-    """Why a passage's decimals are not the value's mean, low and high end; None when they are."""
-    found = [x.replace("−", "-") for x in DECIMAL.findall(text)]
-    percent = 100 if " %" in text else 1
-    for got, true in zip(found, (value.mean, value.lo, value.hi), strict=False):
-        digits = len(got.partition(".")[2])
-        if true is None or abs(float(got) - percent * true) > 0.5 * 10**-digits + 1e-6:
-            return f"{got} stands for {'nothing' if true is None else f'{percent * true:.{digits + 1}f}'}"
-    return None if found else "holds no number"
-
-
-def wrong_numbers(analyses: Mapping[str, Analysis], asked: Quoted, root: Path) -> list[str]:
-    """Passages of quoted.toml that are not in their page, or whose numbers are not what the summaries have."""
-    out = []
-    for page, passages in asked.get("numbers", {}).items():
-        text = " ".join((root / page).read_text().split())
-        for passage, key in passages.items():
-            study, label, measure = key.split("/")
-            value = number(analyses[study], label, measure) if study in analyses else None
-            why = f"no stored summary has {key}" if value is None else wrong(passage, value)
-            why = why if passage in text else "is not in the page"
-            out += [f"{page}: {passage!r}: {why}"] if why else []
-    return out
-
-
 # --- what `just results-docs` does ----------------------------------------------------------------------------------
 
 
@@ -227,8 +201,8 @@ def pages(root: Path) -> list[Path]:
     return sorted(p for p in (root / "README.md", *(root / "docs").rglob("*.md")) if p.exists())
 
 
-def written(root: Path) -> tuple[dict[Path, str], list[str], list[Analysis]]:
-    """Every page as it should be; what is wrong with numbers in prose; and the studies."""
+def written(root: Path) -> tuple[dict[Path, str], list[Analysis]]:
+    """Every page as it should be, and the studies."""
     store, page = root / "docs" / "results", root / "docs" / "results.md"
     found = [Analysis(s) for s in stored(store)]
     analyses = {a.summary.name: a for a in found}
@@ -242,26 +216,26 @@ def written(root: Path) -> tuple[dict[Path, str], list[str], list[Analysis]]:
         fill = lambda m: m[1] + quoted_table(analyses, m["name"], asked) + "\n"
         if path != page:
             new[path] = MARKED.sub(fill, path.read_text())
-    return new, wrong_numbers(analyses, asked, root), found
+    return new, found
 
 
-def problems(root: Path) -> list[str]:
-    """What is not as the stored summaries have it, a line each."""
-    new, numbers, _ = written(root)
-    stale = [path for path, text in new.items() if not path.exists() or path.read_text() != text]
-    return [f"{path} is stale: run `just results-docs`" for path in stale] + numbers
+def stale(root: Path) -> list[Path]:
+    """Pages that are not as the stored summaries have them."""
+    new, _ = written(root)
+    return [path for path, text in new.items() if not path.exists() or path.read_text() != text]
 
 
 def main(root: str = ".", outputs: str = "outputs", check: bool = False) -> None:
     """Write docs/results.md, the tables of README.md and docs/, and outputs/results/; --check says what is stale."""
-    if not check:
-        new, numbers, found = written(Path(root))
-        for path, text in new.items():
-            write_text(path, text)
-        for a in found:
-            write_text(Path(outputs) / "results" / f"{a.summary.name}.md", study_page(a))
-    if bad := problems(Path(root)) if check else numbers:
-        raise UserError("; ".join(bad))
+    if check:
+        if old := stale(Path(root)):
+            raise UserError(f"stale: {', '.join(map(str, old))}; run `just results-docs`")
+        return
+    new, found = written(Path(root))
+    for path, text in new.items():
+        write_text(path, text)
+    for a in found:
+        write_text(Path(outputs) / "results" / f"{a.summary.name}.md", study_page(a))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ ROWS: dict[str, Row] = {
             "none", "erase", "random_V", BEST, TWIN, "gate_act", "gate_act_random", "honest")),
         *(row(label, "refresh 0", "--refresh-every=0") for label in ("erase", BEST)),
         *(row(label, "relearn", "--relearn-steps=150") for label in (BEST, "erase", "route", "honest")),
-        *(row(label, "4M", "--model=outputs/organism-4M") for label in ("honest", "none", BEST, TWIN)),
+        *(row(label, "4M", "--model=outputs/organism-4M") for label in ("honest", "none", BEST)),
     )
 }  # fmt: skip
 
@@ -146,6 +146,6 @@ STUDY_ROWS = (
     ),
     StudyRow(
         "ladder", "at four times the parameters arms stand as they do at one million", "does it depend on size?",
-        "base, honest, none, the best arm and its twin at 4M", labels(" 4M"), 3,
+        "base, honest, none and the best arm at 4M", labels(" 4M"), 3,
     ),
 )  # fmt: skip

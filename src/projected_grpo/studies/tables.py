@@ -272,9 +272,9 @@ def matched_solve(a: Analysis, who: str, of: Reference) -> Table | None:
         measures = ["deploy_solve", *(f"deploy_solve@{m}" for m in (*modes, PROBE))]
         cells = [a.matched(label.name, other.name, m) for m in measures]
         if cells[0]:
-            rows.append((label.shown, other.name, *cells))
+            rows.append((label.shown, other.name, *cells, *kept(a, label)))
     title = f"Deployed solve, minus {who}: equal within {stats.MARGIN:.2f}? (TOST)"
-    return made(title, ("label", "minus", "all", *modes, PROBE), rows)
+    return made(title, ("label", "minus", "all", *modes, PROBE, *KEPT), rows)
 
 
 def against(who: str, of: Reference) -> tuple["Maker", ...]:
@@ -302,9 +302,10 @@ def detector(a: Analysis) -> Table | None:
             if own is None:
                 continue
             each = (unseen(means.get((name, phase, mode, "own"), none)[1], label, mode) for mode in modes)
-            rows.append((label.shown, phase, own[0], own[1], random[1], own[2], random[2], own[3], *each))
+            rows.append((label.shown, phase, own[0], own[1], random[1], own[2], random[2], own[3], *each,
+                         *kept(a, label)))  # fmt: skip
     judged = ("prevalence", "AUROC", "AUROC of random", "AP", "AP of random", "F0.5")
-    heads = ("label", "steps", *judged, *(f"AUROC {m}" for m in modes))
+    heads = ("label", "steps", *judged, *(f"AUROC {m}" for m in modes), *KEPT)
     return made("Detector: a rollout's own score against its mode's channel", heads, rows)
 
 
@@ -373,10 +374,10 @@ def gradient(a: Analysis) -> Table | None:
     runs = a.summary.tables["runs"].group_by("label", maintain_order=True).agg(pl.col("v_heldout_accuracy").mean())
     quality = dict(runs.iter_rows())
     rows = [
-        (label.shown, quality[name], *(over_steps(a.curves.get((name, c), {})) for c in columns))
+        (label.shown, quality[name], *(over_steps(a.curves.get((name, c), {})) for c in columns), *kept(a, label))
         for name, label in a.labels.items()
     ]
-    return made("Gradient", ("label", "V accuracy", *columns.values()), rows)
+    return made("Gradient", ("label", "V accuracy", *columns.values(), *KEPT), rows)
 
 
 def over_steps(curves: Mapping[int, stats.Values]) -> float | None:
