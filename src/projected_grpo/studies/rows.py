@@ -86,8 +86,7 @@ ROWS: dict[str, Row] = {
         *(row(label, "500", *LONG) for label in HORIZON),
         *(row(x, f"only {mode}", *known(mode), "--pairs=planned16") for x in ("erase", BEST) for mode in MODES),
         *(row(label, "16 of all modes", "--pairs=planned16") for label in ("erase", BEST)),
-        *(row(label, "mix .125", "--mix-ratio=0.125", POOL) for label in (
-            "none", "erase", "random_V", BEST, TWIN, "gate_act", "gate_act_random", "honest")),
+        *(row(x, "mix .125", "--mix-ratio=0.125", POOL) for x in ("none", "erase", BEST, TWIN, "gate_act", "honest")),
         *(row(label, "refresh 0", "--refresh-every=0") for label in ("erase", BEST)),
         *(row(label, "relearn", "--relearn-steps=150") for label in (BEST, "erase", "route", "honest")),
         *(row(label, "4M", "--model=outputs/organism-4M") for label in ("honest", "none", BEST)),
