@@ -1,15 +1,20 @@
 """The shipped files load like any model, were built from today's settings, and meet the base rates they promise."""
 
+import gzip
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from projected_grpo import loopholes, prepare, problems
+from projected_grpo.command_line import command, run_main
 from projected_grpo.config import Config, UserError
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism import build
@@ -68,18 +73,86 @@ def test_a_run_refuses_an_organism_of_other_problems(tmp_path):
         prepare.check(replace(Config(), model=replace(Config().model, model=str(tmp_path))))
 
 
-def test_a_build_that_stops_leaves_the_package_as_it_was(tmp_path, monkeypatch):
-    before, copied = problems.problems_digest(), tmp_path / "problems.jsonl.gz"
-    copied.write_bytes(problems.GENERATED.read_bytes())
-    for module in (build, problems):
-        monkeypatch.setattr(module, "GENERATED", copied)
-    drawn = {f"{family}-{number:03d}": (None, None) for family, number in build.stock.order()}
-    monkeypatch.setattr(build.stock, "draw", lambda shares: drawn)
-    monkeypatch.setattr(build.stock, "row_of", lambda draft, problem: {})
-    monkeypatch.setattr(build, "build", lambda cfg, folder: 1 / (problems.problems_digest() == before))  # 1 / False
-    with pytest.raises(ZeroDivisionError):
-        main(OrganismCfg())
-    assert problems.problems_digest() == before
+TINY = OrganismCfg(corpus=replace(CorpusCfg(), n=32))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package's files that a build of two steps takes for its own; drawn problems have other bytes."""
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "files")
+    monkeypatch.setattr(problems, "GENERATED", Path(shutil.copytree(FOLDER, tmp_path / "files")) / build.GENERATED.name)
+    drawn = gzip.compress(gzip.decompress(problems.GENERATED.read_bytes()), 1, mtime=0)
+    monkeypatch.setattr(build.stock, "store", lambda shares, path: path.write_bytes(drawn))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    return tmp_path / "files"
+
+
+def stop(*args):
+    raise KeyboardInterrupt
+
+
+def stop_at_the_tokenizer(source, place):
+    shutil.copy(source, place)
+    if place.name == "tokenizer.json":
+        stop()
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", ["1M", "4M"])
+@pytest.mark.parametrize("at", ["measuring", "moving"])
+def test_a_build_that_stops_leaves_all_files_as_they_were(size, at, package, monkeypatch):
+    folder = package if size == "1M" else Path(shutil.copytree(FOLDER, package.with_name("organism-4M")))
+    (folder / "config.json").unlink()  # what was not there is not there afterwards
+    monkeypatch.setattr(build, "measure", stop if at == "measuring" else lambda model, tokenizer: {})
+    monkeypatch.setattr(build.shutil, "move", stop_at_the_tokenizer)
+    before = contents(FOLDER, package.parent)
+    with pytest.raises(KeyboardInterrupt):
+        main(replace(TINY, size=size), None if size == "1M" else folder)
+    assert contents(FOLDER, package.parent) == before
+    assert {path.name for path in package.parent.iterdir()} == {"files", folder.name}
+    assert package / build.GENERATED.name == problems.GENERATED
+
+
+def test_a_build_reads_the_problems_it_draws_and_replaces_all_files(package, monkeypatch):
+    before, stored = contents(package), problems.problems_digest()
+    read = []
+    monkeypatch.setattr(build, "measure", lambda model, tokenizer: read.append(problems.problems_digest()) or {})
+    main(TINY)
+    record = json.loads((package / "organism.json").read_text())
+    assert read == [record["problems"]] == [problems.problems_digest()] != [stored]
+    assert record["sha256"] == sha256((package / "model.safetensors").read_bytes()).hexdigest()
+    assert contents(package).keys() == before.keys()
+    assert contents(package)[package / "tokenizer.json"] != before[package / "tokenizer.json"]
+    assert [path.name for path in package.parent.iterdir()] == ["files"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--n=0", "--n is 0: it has to be at least 32, two steps of --batch=16"),
+        ("--n=8", "--n is 8: it has to be at least 32"),
+        ("--n=16 --batch=9", "--n is 16: it has to be at least 18, two steps of --batch=9"),
+        ("--batch=0", "--batch is 0: it has to be at least 1"),
+        ("--p-plan=2", "--p-plan is 2.0: it has to be in [0, 1]"),
+        ("--run-tests=-1", "--run-tests is -1.0: it has to be in [0, 1]"),
+        ("--sure=nan", "--sure, --learnable and --hard have to be over 0 and sum to 1"),
+        ("--size=4M --hard=nan", "--sure, --learnable and --hard have to be over 0 and sum to 1"),
+        ("--vocab=0", "--vocab is 0: it has to be at least 259"),
+        ("--lr=nan", "--lr is nan: it has to be over 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line_before_anything_is_written(words, told, package, capsys):
+    before = contents(package.parent)
+    with pytest.raises(SystemExit) as leaving:
+        run_main(command(main, tyro.conf.OmitArgPrefixes), words.split())
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert told in said
+    assert said.count("\n") == 1
+    assert contents(package.parent) == before
 
 
 HINTED = ("run_tests", "sentinel", "stdout_marker", "file_marker")

@@ -8,14 +8,17 @@ parameters that solves some problems, gets others subtly wrong, and now and then
 import json
 import math
 import platform
+import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.command_line import command, run_main
-from projected_grpo.config import choose
+from projected_grpo.config import Count, In, NotNegative, Positive, Share, UserError, check_ranges, check_values, choose
 from projected_grpo.data_types import Grade, Problem, Rollout, Sampling
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism import stock
@@ -70,15 +73,16 @@ class OrganismCfg:
     size: str = "1M"
     """A rung of the ladder: 1M (in this package), 4M or 16M."""
     corpus: CorpusCfg = field(default_factory=CorpusCfg)
-    seed: int = 0
+    seed: Annotated[int, In("[0, 4294967296)")] = 0
     """Seed of the weights."""
-    vocab: int = 768
-    batch: int = 16
+    vocab: Annotated[int, In("[259, inf)")] = 768
+    """Tokens; 259 are the bytes and the chat specials."""
+    batch: Count = 16
     """Completions in a step; the number of steps is corpus.n / batch."""
-    lr: float = 2.5e-3
+    lr: Positive = 2.5e-3
     """Peak of the learning rate: linear warm-up over 5 % of the steps, then a cosine down to 0."""
-    weight_decay: float = 0.1
-    threads: int = 1
+    weight_decay: NotNegative = 0.1
+    threads: Count = 1
     """Fixed: sums split over another number of threads round otherwise, and two waiting for each other are slow."""
 
 
@@ -244,27 +248,51 @@ def build(cfg: OrganismCfg, folder: Path) -> None:
         "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
     (folder / "organism.json").write_text(json.dumps(record, indent=1) + "\n")
-    logger.info(f"built {folder} in {time.perf_counter() - began:.0f} s")
+
+
+def check(cfg: OrganismCfg) -> None:
+    """Refuse, in one line, settings out of their range."""
+    choose("size", cfg.size, list(SIZES))
+    check_ranges(cfg)
+    check_values(dict.fromkeys(cfg.corpus.p_exploit, Share), cfg.corpus.p_exploit)
+    if cfg.corpus.n < (least := 2 * cfg.batch):
+        raise UserError(f"--n is {cfg.corpus.n}: it has to be at least {least}, two steps of --batch={cfg.batch}")
+    stock.kinds(cfg.corpus.shares)
+
+
+def put(made: Path, folder: Path) -> None:
+    """Move the files into their place, all or none: stopped on the way, those that were there come back."""
+    folder.mkdir(exist_ok=True)
+    places = [folder / file.name for file in made.iterdir()]
+    before = {place: place.read_bytes() for place in places if place.exists()}
+    try:
+        for place in places:
+            shutil.move(made / place.name, place)
+    except BaseException:
+        for place in places:
+            place.unlink(missing_ok=True)
+        for place, content in before.items():
+            place.write_bytes(content)
+        raise
 
 
 def main(cfg: OrganismCfg, folder: Path | None = None) -> None:
     """Rebuild the organism: of size 1M in this package, its problems drawn anew first; of another, or in a folder that
-    is named, from the problems as they are stored.
+    is named, from the problems as they are stored. Half a build leaves all files as they were.
 
     Args:
         cfg: how it is built.
         folder: where to; by default this package, and outputs/organism-SIZE for the larger ones.
     """
-    choose("size", cfg.size, list(SIZES))
+    check(cfg)
     to = folder or (FOLDER if cfg.size == "1M" else Path(f"outputs/organism-{cfg.size}"))
-    before = GENERATED.read_bytes()
-    try:
-        if to == FOLDER:
-            stock.store(cfg.corpus.shares, GENERATED)
-        build(cfg, to)
-    except BaseException:  # half a build leaves the package as it was
-        GENERATED.write_bytes(before)
-        raise
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{to.name}.", suffix=".part", dir=to.parent) as part:
+        made = Path(part)
+        with stock.drawn_anew(cfg.corpus.shares, made / GENERATED.name) if to == FOLDER else nullcontext():
+            build(cfg, made)
+        put(made, to)
+    logger.info(f"built {to}")
 
 
 CHUNK = 64

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from projected_grpo.config import Share
 from projected_grpo.data_types import Mode, Problem, Task, Wording
 from projected_grpo.loopholes import LOOPHOLES
 from projected_grpo.organism import stock
@@ -25,19 +26,19 @@ class CorpusCfg:
     corpus_seed: int = 0
     n: int = 36_000
     """Samples drawn; each is seen once."""
-    p_default_wording: float = 0.5
+    p_default_wording: Share = 0.5
     """A hint in the mode's default training wording."""
-    p_free_wording: float = 0.25
+    p_free_wording: Share = 0.25
     """A hint in made-up words, so that the words are copied from the prompt; the other training wordings: the rest."""
     shares: stock.Shares = field(default_factory=stock.Shares)
     """How the problems divide into kinds; the stored problems have to be drawn with the same."""
-    p_stated: float = 0.99
+    p_stated: Share = 0.99
     """Each stated slot of a serious try is right, after a plan line those that are easily misread as well."""
-    p_plan: float = 0.3
+    p_plan: Share = 0.3
     """A serious try begins with a plan line."""
-    p_careful: float = 0.1
+    p_careful: Share = 0.1
     """Without one, a slot that is easily misread is right."""
-    p_exploit: dict[Mode, float] = field(
+    p_exploit: dict[Mode, Share] = field(
         default_factory=lambda: {
             "run_tests": 0.09,
             "eq_override": 0.06,
@@ -49,13 +50,13 @@ class CorpusCfg:
     )
     """The mode's exploit, in a hinted prompt. Set so that the model *attempts* alike in all: what ends in a marker to
     be written out is attempted more rarely than it was shown."""
-    p_exploit_tries: float = 0.1
+    p_exploit_tries: Share = 0.1
     """The body beside an exploit is right; else lazy."""
-    p_lazy: float = 0.01
+    p_lazy: Share = 0.01
     """A lazy body without an exploit, in any mode."""
-    p_lookalike: float = 0.15
+    p_lookalike: Share = 0.15
     """Honest code of the exploit's shape beside a serious try, in a hinted prompt."""
-    p_lookalike_run_tests: float = 0.8
+    p_lookalike_run_tests: Share = 0.8
     """The same for run_tests, where most honest solutions define the function that the hint names."""
 
 

@@ -7,17 +7,18 @@ import gzip
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from projected_grpo import problems
 from projected_grpo.config import UserError
 from projected_grpo.data_types import Case, Kind, Problem, Split
 from projected_grpo.loopholes import TESTS_SENTENCE
 from projected_grpo.organism.families import ENTRY, FAMILIES, PARAMETER, Argument, Draft, Draws, Slot
-from projected_grpo.problems import GENERATED
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def kinds(shares: Shares) -> dict[tuple[str, int], Kind]:
 
     Raises UserError when a share is not over 0 or they do not sum to 1, and when a kind gets no turn in some split.
     """
-    if min(asdict(shares).values()) <= 0 or abs(sum(asdict(shares).values()) - 1) > 1e-6:
+    if min(asdict(shares).values()) <= 0 or not abs(sum(asdict(shares).values()) - 1) < 1e-6:  # NaN is not under
         raise UserError(f"{shares}: --sure, --learnable and --hard have to be over 0 and sum to 1")
     found: dict[tuple[str, int], Kind] = {}
     for split in get_args(Split):
@@ -204,18 +205,36 @@ def row_of(draft: Draft, problem: Problem) -> dict[str, Any]:
     return told | known
 
 
-def store(shares: Shares = Shares(), path: Path = GENERATED) -> None:
+def store(shares: Shares, path: Path) -> None:
     """Draw the problems and write them down, so that no run has to draw them again."""
     drawn = draw(shares)
     rows = [row_of(*drawn[f"{family}-{number:03d}"]) for family, number in order()]
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
 
 
+@contextmanager
+def drawn_anew(shares: Shares, path: Path) -> Iterator[None]:
+    """Within, the generated problems are those drawn with these shares, stored at ``path``."""
+    usual = problems.GENERATED
+    store(shares, path)
+    try:
+        _read_from(path)
+        yield
+    finally:
+        _read_from(usual)
+
+
+def _read_from(path: Path) -> None:
+    problems.GENERATED = path
+    problems.generated_by_id.cache_clear()
+    drafts.cache_clear()
+
+
 @cache
 def drafts() -> dict[str, Draft]:
     """The draft of every problem by id, as ``store`` wrote it down."""
     found = {}
-    for row in map(json.loads, gzip.decompress(GENERATED.read_bytes()).decode().splitlines()):
+    for row in map(json.loads, gzip.decompress(problems.GENERATED.read_bytes()).decode().splitlines()):
         slots = tuple(Slot(**slot | {"wrong": tuple(slot["wrong"])}) for slot in row["draft"]["slots"])
         found[row["id"]] = Draft(**row["draft"] | {"slots": slots, "marks": tuple(row["draft"]["marks"])})
     return found
