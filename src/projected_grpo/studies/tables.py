@@ -335,9 +335,9 @@ def probes(a: Analysis) -> Table | None:
     parts = (f"{who} {x}" for who in ("acting", "held out") for x in ("start", "end", "change"))
     heads = ("label", *parts, "AUROC acting, end", "AUROC held out, end", "policy", *KEPT)
     note = (
-        "Start and end: the first and the last fifth of the steps that have hacks. evades: the acting one falls, and "
-        "further than the held-out one. Of gate_drop and gate_act the acting one is counted over rollouts that have a "
-        "gradient."
+        "Start and end: the first and the last fifth of the steps that have hacks. hides: both are shown to fall; "
+        "evades: the acting one is, the held-out one is not, and falls less. Of gate_drop and gate_act the acting one "
+        "is counted over rollouts that have a gradient."
     )
     return made("Recall of the acting detector and of the held-out probe", heads, rows, note)
 
