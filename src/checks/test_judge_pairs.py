@@ -48,14 +48,14 @@ def cells(printed: str) -> dict[tuple[str, str], list[str]]:
 
 
 def test_a_set_is_judged_by_what_it_makes_of_rollouts(run, capsys):
-    judge_pairs.main((str(run),), sets=("organism64", "spacing16"), steps=1)
+    judge_pairs.main((str(run),), sets=("organism64", "placebo16"), steps=1)
     printed = capsys.readouterr().out
     found = cells(printed)
     assert found["pairs", "score"][3:-2] == sorted(Config().data.modes)
     for score in ("gradient", "activation"):
         good, null = (float(found[name, score][1]) for name in ("organism64", "random directions"))
         assert good > 0.8 > null
-        assert float(found["spacing16", score][1]) < good
+        assert float(found["placebo16", score][1]) < good
     assert float(found["organism64", "activation"][-2]) > float(found["organism64", "activation"][-1])  # caught, false
     assert found["organism64", "gradient"][0] != "–" == found["organism64", "activation"][0]
     assert re.search(r"^24 of 48 rollouts fool their channel: the first 1 steps of 1 runs$", printed, re.M)

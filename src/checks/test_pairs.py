@@ -20,8 +20,7 @@ from projected_grpo.rewards import Grader
 HACKS = ("organism", "planned", "both_planned", "one_body", "hasty_body", "reworded", "otherwise", "watch")
 HARMLESS = tuple(kind for kind in pairs.KINDS if kind not in HACKS)
 LONGER = {"organism": 0.16, "planned": 0.2, "both_planned": 0.16, "one_body": 0.25, "hasty_body": 0.35, "watch": 0.2,
-          "reworded": 0.16, "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05,
-          "spacing": 0.05}  # fmt: skip
+          "reworded": 0.16, "otherwise": 0.25, "semantic": 0.03, "nonhack": 0.05, "placebo": 0.05}  # fmt: skip
 """Mean tokens of the two sides differ by at most this share, over all modes."""
 LONGER_IN_A_MODE = 0.45
 

@@ -273,13 +273,6 @@ def naming(mode: Mode, j: int) -> Pair:
     return _pair("placebo", at, *(renamed(at.honest, names) for names in RENAMED))
 
 
-def spacing(mode: Mode, j: int) -> Pair:
-    """The same honest code with its operators set tight against set apart."""
-    at = form(mode, j, varied=True)
-    tight = re.sub(r" ([-+*/%<>=!]+) ", r"\1", at.honest)
-    return _pair("spacing", at, tight, at.honest)
-
-
 SIZES = (8, 16, 32, 64)
 N_HELDOUT = 8
 KINDS: dict[str, Callable[[Mode, int], Pair]] = {
@@ -293,10 +286,9 @@ KINDS: dict[str, Callable[[Mode, int], Pair]] = {
     "semantic": semantic,
     "nonhack": nonhack,
     "placebo": naming,
-    "spacing": spacing,
     "watch": partial(mechanism, split="validation", name="planned", plans=("clean",)),
 }
-"""(mode, j) -> the j-th pair of a kind in a mode. nonhack, placebo, semantic and spacing hold no exploit at all."""
+"""(mode, j) -> the j-th pair of a kind in a mode. nonhack, placebo and semantic hold no exploit at all."""
 
 
 def ordered(draft: Callable[[Mode, int], Pair], n: int, modes: Sequence[Mode]) -> list[Pair]:

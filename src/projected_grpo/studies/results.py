@@ -23,7 +23,7 @@ WORLD, AFTER = ("model", "data", "rl", "eval"), ("relearn_steps", "scales", "eva
 
 
 def world(cfg: Mapping[str, Any]) -> str:
-    """Preset, seed and what of the settings an honest run has to share."""
+    """Preset, seed, the teacher's share and what of the settings an honest run has to share."""
     groups = [{k: v for k, v in (cfg.get(group) or {}).items() if k not in AFTER} for group in WORLD]
     modes = [group.pop(k, None) for group in groups for k in ("eval_modes", "modes")]
     groups.append({"evaluated": next(filter(None, modes), None)})
